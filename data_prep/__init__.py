@@ -1,0 +1,1 @@
+"""Offline jobs: from images to latent shards."""

@@ -1,0 +1,131 @@
+"""The manifest: what a dataset is, in one JSON file that is written last, and the way to open a dataset.
+
+The manifest's digest is the dataset's version: it covers the codec, the classes and the hashes of shards and indices.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nitscale.autoencoders import Codec, codec_from_spec
+from nitscale.data.index import DatasetIndex, load_index
+from nitscale.data.storage import Storage, open_storage
+from nitscale.errors import UserError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a dataset; the fields of manifest.json."""
+
+    codec: dict[str, Any]
+    """`spec()` of the codec: id, factor, channels, its parameters, digest."""
+    dtype: str
+    """Of the latents: "float16"."""
+    flips: bool
+    """Whether every sample also has the latent of its mirror image."""
+    classes: list[str]
+    """Name of each class; a label is a position in this list."""
+    samples: int
+    tokens: int
+    """Latent cells of all samples: tokens at patch size 1."""
+    grids: dict[str, int]
+    """Number of samples of each latent size, "rows x columns"."""
+    shards: list[dict[str, Any]]
+    """Of each shard: name, samples, bytes, sha256, index_sha256."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Contents of manifest.json: the same text for the same manifest."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """The dataset's version: sha256 of the canonical JSON."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def channels(self) -> int:
+        return int(self.codec["channels"])
+
+    @property
+    def factor(self) -> int:
+        """Pixels of one latent cell's side."""
+        return int(self.codec["factor"])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset."""
+
+    manifest: Manifest
+    index: DatasetIndex
+    storage: Storage
+
+    def codec(self) -> Codec:
+        """The codec that made the latents. UserError if this build does not know it."""
+        return codec_from_spec(self.manifest.codec)
+
+
+def load_dataset(prefix: str | Path) -> Dataset:
+    """Open the dataset at `prefix`: manifest, every index, and a check that every shard is there with its size.
+
+    UserError if the manifest is missing, damaged or of another version, or a shard or index is not what it says.
+    """
+    storage = open_storage(prefix)
+    manifest = read_manifest(storage)
+    for shard in manifest.shards:
+        name = f"shards/{shard['name']}.tar"
+        size = storage.size(name) if storage.exists(name) else None
+        if size != shard["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
+            raise UserError(
+                f"manifest: shard {name} of dataset {prefix} {found}; copy it again, or run the encode again, "
+                "which makes only what is missing"
+            )
+    return Dataset(manifest, load_index(storage, manifest.shards, len(manifest.classes)), storage)
+
+
+def read_manifest(storage: Storage) -> Manifest:
+    """The manifest of a dataset. UserError as `load_dataset`."""
+    where = f"{storage.prefix}/{MANIFEST}"
+    try:
+        text = storage.read(MANIFEST).decode()
+        content = json.loads(text)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"manifest: there is no dataset at {storage.prefix} (no {MANIFEST}); make one with `nitscale encode`, "
+            "or let an interrupted one finish by running it again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"manifest: cannot read {where}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"manifest: {where} is damaged: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"manifest: {where} has schema_version {version!r}, this build reads {SCHEMA_VERSION}; "
+            "encode the images again"
+        )
+    try:
+        manifest = Manifest(**content)
+        expected = {"codec": dict, "dtype": str, "flips": bool, "classes": list, "samples": int, "shards": list}
+        wrong = [name for name, kind in expected.items() if not isinstance(getattr(manifest, name), kind)]
+        for shard in manifest.shards:
+            wrong += [n for n in ("name", "sha256", "index_sha256") if not isinstance(shard[n], str)]
+            wrong += [n for n in ("samples", "bytes") if not isinstance(shard[n], int) or shard[n] < 1]
+        wrong += ["samples"] * (manifest.samples != sum(shard["samples"] for shard in manifest.shards))
+        wrong += ["codec"] * (manifest.channels < 1 or manifest.factor < 1)
+    except (TypeError, KeyError, ValueError) as error:
+        known = ", ".join(field.name for field in fields(Manifest))
+        raise UserError(f"manifest: {where} is damaged: {error!r}; its fields are {known}") from error
+    if wrong or not manifest.shards:
+        raise UserError(f"manifest: {where} is damaged: wrong value of {', '.join(wrong) or 'shards'}")
+    if manifest.dtype != "float16":
+        raise UserError(f"manifest: {where} has latents of dtype {manifest.dtype!r}, this build reads float16")
+    return manifest

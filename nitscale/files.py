@@ -1,0 +1,134 @@
+"""Files that are either whole or absent: atomic writes, published folders, locks, and clear words when a disk refuses.
+
+Everything that a later step could take for finished goes through here: write beside the target under a hidden `.tmp`
+name, fsync, rename, fsync the folder. A process killed at any point leaves at most a `.tmp` file, which nothing reads.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nitscale.errors import UserError
+
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: a reader sees the old file or the new one, never a part. UserError as `disk_errors`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a normal exit it becomes `path` durably, on an exception it is removed.
+
+    Missing parent folders are made. UserError as `disk_errors`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Make the finished folder `staging` appear as `final` by one rename, with everything in it on disk before.
+
+    Both must be on one file system. UserError if `final` already exists with something in it, or as `disk_errors`.
+    """
+    with disk_errors(final):
+        for folder, _, names in os.walk(staging):
+            for name in names:
+                fsync(Path(folder, name))
+            fsync(Path(folder))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(staging, final)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(
+                    f"files: {final} already exists and is never overwritten; remove or rename it"
+                ) from error
+            raise
+        fsync(final.parent)
+
+
+@contextmanager
+def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock file `path` for the length of the block; the kernel frees it when the process ends in any way.
+
+    UserError that names the holder if another process has it. `purpose` completes "another process is …".
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"files: another process (id {holder}) is {purpose}; wait for it to end, or stop it"
+            ) from None
+        with suppress(OSError):  # a full disk must not prevent a lock; the id is only for the message
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the `.tmp` files that a killed writer left in `folder`. Call it only while holding the writer's lock."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk's refusal to write `path` (full, read-only, a file in the way) into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise UserError(
+                f"files: the disk is full: cannot write {path} ({free_space(path)}); "
+                "free some space or choose a folder on another disk, then run again"
+            ) from error
+        if error.errno in READ_ONLY:
+            raise UserError(
+                f"files: not allowed to write {path} ({os.strerror(error.errno).lower()}); "
+                "change its permissions or choose another folder"
+            ) from error
+        if error.errno in NOT_A_FOLDER:
+            raise UserError(f"files: cannot write {path}: {error.filename} is in the way ({error.strerror})") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"files: cannot write {path}: the name is too long; choose a shorter folder") from error
+        raise
+
+
+def free_space(path: Path) -> str:
+    """The free space where `path` lies, in words."""
+    existing = next((p for p in [path, *path.parents] if p.exists()), Path("/"))
+    return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB free"
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's contents, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
