@@ -74,8 +74,8 @@ def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float
     outputs = []
     for first, count, length in equal_length_runs(layout):
         run = slice(first, first + count * length)
-        as_batch = [x[run].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-        attended = F.scaled_dot_product_attention(*as_batch, scale=scale)
+        batch_q, batch_k, batch_v = (x[run].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -1,41 +1,31 @@
-"""Arithmetic of one training step, counted as useful work: two operations a multiply-add, nothing for recomputation.
-
-Attention costs Σ nᵢ² over the images of a pack and not the square of the pack's length; AdaLN is per image.
-"""
+"""Floating-point operations of a model on a pack, for the model FLOPs utilisation that training reports."""
 
 from collections.abc import Iterable
-from functools import cache
 
-import torch
-from torch import nn
-
-from nitscale.models.transformer import ModelConfig, PackedTransformer
+from nitscale.models.transformer import FREQUENCIES, ModelConfig
 
 
 def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """Operations of one forward over images of these numbers of tokens."""
+    """Operations of a forward pass over images of these lengths (tokens), a multiply-add counted as two. Attention
+    counts Σ nᵢ² and not the pack's square; modulation counts once an image. Norms and activations are left out."""
     lengths = [int(length) for length in lengths]
-    per_token, per_image = linear_parameters(config)
-    squares = sum(length * length for length in lengths)
-    attention = 4 * config.width * config.depth * squares
-    return 2.0 * per_token * sum(lengths) + 2.0 * per_image * len(lengths) + attention
+    tokens, images, pairs = sum(lengths), len(lengths), sum(length * length for length in lengths)
+    width = config.width
+    mlp = (3 if config.mlp == "swiglu" else 2) * width * config.hidden_width
+    rank = config.adaln_rank
+    adaln = {
+        "full": 6 * width * width,
+        "lora": 7 * width * rank,
+        "lora+global": 7 * width * rank,
+        "swiglu": 8 * width * 3 * (width // 4),
+    }[config.adaln]
+    of_token = config.depth * (4 * width * width + mlp) + (config.token_features + config.output_features) * width
+    of_image = config.depth * adaln + (FREQUENCIES + width) * width + 2 * width * width
+    if config.adaln == "lora+global":
+        of_image += 6 * width * width
+    return 2.0 * (tokens * of_token + images * of_image + config.depth * 2 * pairs * width)
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """Operations of forward and backward: three times the forward's."""
-    return 3 * forward_flops(config, lengths)
-
-
-@cache
-def linear_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Weights of the linears that act on (each token, each image)."""
-    with torch.device("meta"):
-        model = PackedTransformer(config)
-    per_token = per_image = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            if "adaln" in name or name.startswith("time_embedding"):
-                per_image += module.weight.numel()
-            else:
-                per_token += module.weight.numel()
-    return per_token, per_image
+    """Forward and backward: three times the forward. Recomputed activations are not counted."""
+    return 3.0 * forward_flops(config, lengths)

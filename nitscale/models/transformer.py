@@ -104,7 +104,7 @@ class ModelConfig:
     rope_train_grid: int | None = None
     """Tokens a side at training."""
     rope_magnitude: str = "none"
-    """none, mscale, proportion1, proportion2 or attention_scale: correction of the attention logits of larger images."""
+    """none, mscale, proportion1, proportion2 or attention_scale: factor on the logits of larger images."""
     rope_test_grid: tuple[int, int] | None = None
     """Grid (rows, columns) that sets the rescaling of all images; by default each image's own."""
     feature_block: int | None = None
