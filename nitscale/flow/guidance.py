@@ -61,23 +61,10 @@ class Guidance:
         return self.scale != 1.0 and self.interval[0] <= t <= self.interval[1]
 
 
-def guided(
-    model: Model,
-    labels: Tensor,
-    layout: PackLayout,
-    *,
-    scale: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    null_label: int | None = None,
-) -> "GuidedVelocity":
-    """The guided velocity with one scale and interval for all images and channels: the usual case."""
-    return GuidedVelocity(model, labels, layout, Guidance(scale, interval), null_label=null_label)
-
-
 class GuidedVelocity:
     """The velocity of `model` for these labels and layout, guided. `guidance` is one for all images, or one for each.
 
-    `null_label` is the model's null class, by default `model.config.num_classes`; `patch_size` is needed where only some channels are guided.
+    `null_label` is the model's null class (num_classes); `patch_size` is needed where only some channels are guided.
     """
 
     def __init__(
@@ -87,13 +74,13 @@ class GuidedVelocity:
         layout: PackLayout,
         guidance: Guidance | Sequence[Guidance] = Guidance(),
         *,
-        null_label: int | None = None,
+        null_label: int,
         patch_size: int = 1,
         weak_model: Model | None = None,
     ) -> None:
         self.model, self.weak_model = model, weak_model
         self.labels, self.layout, self.patch_size = labels, layout, patch_size
-        self.null_label: int = model.config.num_classes if null_label is None else null_label  # type: ignore[attr-defined]
+        self.null_label = null_label
         each = [guidance] * layout.num_segments if isinstance(guidance, Guidance) else list(guidance)
         if len(each) != layout.num_segments:
             raise UserError(f"guidance: {len(each)} given for {layout.num_segments} images; give one, or one for each")

@@ -1,4 +1,4 @@
-"""Losses of a pack: predictions and targets (N, F) in; a scalar, and each token's own value, out.
+"""Losses of a pack: predictions and targets (N, F) in, a scalar out.
 
 Every loss is an average over tokens: `per="token"` weighs each token alike, and so an image by its area (NiT); `per=
 "image"` averages within each image first (FiT). `weights` (n,) weigh images; 0 leaves one out. `total` is what the
@@ -22,9 +22,9 @@ def velocity_loss(
     weights: Tensor | None = None,
     total: float | None = None,
     per: str = "token",
-) -> tuple[Tensor, Tensor]:
-    """The mean squared error, and each token's (N,). Noise prediction is trained by it as well."""
-    return _reduced(squared_error(prediction, target), layout, weights, total, per)
+) -> Tensor:
+    """The mean squared error. Noise prediction is trained by it as well."""
+    return reduce_tokens(squared_error(prediction, target), layout, weights, total, per)
 
 
 def directional_loss(
@@ -34,9 +34,9 @@ def directional_loss(
     weights: Tensor | None = None,
     total: float | None = None,
     per: str = "token",
-) -> tuple[Tensor, Tensor]:
-    """The mean of 1 - cos between prediction and target, and each token's (N,). NiT adds it to the velocity loss."""
-    return _reduced(direction_error(prediction, target), layout, weights, total, per)
+) -> Tensor:
+    """The mean of 1 - cos between prediction and target. The published NiT trainer adds it to the velocity loss."""
+    return reduce_tokens(direction_error(prediction, target), layout, weights, total, per)
 
 
 def repa_loss(
@@ -46,11 +46,10 @@ def repa_loss(
     weights: Tensor | None = None,
     total: float | None = None,
     per: str = "token",
-) -> tuple[Tensor, Tensor]:
-    """The mean of 1 - cos between the model's projected features and an encoder's, both (N, Z), and each token's (N,):
-    representation alignment, arXiv 2410.06940 eq. 8."""
-    cosine = (F.normalize(projected, dim=-1) * F.normalize(features, dim=-1)).sum(-1)
-    return _reduced(1 - cosine, layout, weights, total, per)
+) -> Tensor:
+    """The mean of 1 - cos between the model's projected features and an encoder's, both (N, Z): representation
+    alignment, arXiv 2410.06940 eq. 8."""
+    return reduce_tokens(alignment_error(projected, features), layout, weights, total, per)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -61,6 +60,11 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
     """(N, F) → (N,): 1 - cosine of the angle between prediction and target in a token's features."""
     return 1 - F.cosine_similarity(prediction, target, dim=-1)
+
+
+def alignment_error(projected: Tensor, features: Tensor) -> Tensor:
+    """(N, Z) → (N,): 1 - cosine of the angle between a token's projected features and the encoder's."""
+    return 1 - (F.normalize(projected, dim=-1) * F.normalize(features, dim=-1)).sum(-1)
 
 
 def reduce_tokens(
@@ -77,9 +81,3 @@ def reduce_tokens(
         return summed / total
     own_total = (weights * lengths if per == "token" else weights).sum()
     return summed / own_total.clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def _reduced(
-    values: Tensor, layout: PackLayout, weights: Tensor | None, total: float | None, per: str
-) -> tuple[Tensor, Tensor]:
-    return reduce_tokens(values, layout, weights, total, per), values

@@ -27,10 +27,12 @@ DIFFUSIONS = ("constant", "sigma", "linear", "decreasing", "increasing-decreasin
 
 
 @torch.no_grad()
-def euler(velocity: Velocity, start: Tensor, layout: PackLayout, *, steps: int = 50, path: str = "linear") -> Tensor:
-    """The probability-flow ODE by Euler's method: `steps` evaluations."""
+def euler(
+    velocity: Velocity, start: Tensor, layout: PackLayout, *, num_steps: int = 50, path: str = "linear"
+) -> Tensor:
+    """The probability-flow ODE by Euler's method: `num_steps` evaluations."""
     x = start.double()
-    times = time_grid(steps, path)
+    times = time_grid(num_steps, path)
     for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, _times(now, layout))
     return x.to(start.dtype)
@@ -42,28 +44,30 @@ def heun(
     start: Tensor,
     layout: PackLayout,
     *,
-    steps: int = 50,
+    num_steps: int = 50,
     path: str = "linear",
     correct_last: bool = False,
 ) -> Tensor:
     """The probability-flow ODE by Heun's method (EDM, arXiv 2206.00364 algorithm 1): two evaluations a step, but one
     in the last, unless `correct_last` asks the model for its velocity at the data itself, as the published FiT does."""
     x = start.double()
-    times = time_grid(steps, path)
+    times = time_grid(num_steps, path)
     for step, (now, then) in enumerate(pairwise(times)):
         first = velocity(x, _times(now, layout))
         slope = first
-        if step + 1 < steps or correct_last:
+        if step + 1 < num_steps or correct_last:
             slope = (first + _within_step(velocity, x + (then - now) * first, then, now, layout)) / 2
         x = x + (then - now) * slope
     return x.to(start.dtype)
 
 
 @torch.no_grad()
-def midpoint(velocity: Velocity, start: Tensor, layout: PackLayout, *, steps: int = 50, path: str = "linear") -> Tensor:
+def midpoint(
+    velocity: Velocity, start: Tensor, layout: PackLayout, *, num_steps: int = 50, path: str = "linear"
+) -> Tensor:
     """The probability-flow ODE by the midpoint method: two evaluations a step."""
     x = start.double()
-    times = time_grid(steps, path)
+    times = time_grid(num_steps, path)
     for now, then in pairwise(times):
         half = (then - now) / 2
         first = velocity(x, _times(now, layout))
@@ -111,13 +115,13 @@ def dopri5(
 
 
 @torch.no_grad()
-def euler_maruyama(
+def sde(
     velocity: Velocity,
     start: Tensor,
     layout: PackLayout,
     *,
-    noise: Draw,
-    steps: int = 250,
+    draw: Draw,
+    num_steps: int = 250,
     path: str = "linear",
     method: str = "euler",
     diffusion: str = "linear",
@@ -126,7 +130,7 @@ def euler_maruyama(
     last_step_size: float = 0.04,
 ) -> Tensor:
     """The reverse SDE dx = (v - w · score) dt + sqrt(2 w) dW by Euler-Maruyama, or Heun's method in SiT's form
-    (arXiv 2401.08740 §2.4): steps - 1 noisy steps from noise to `last_step_size`, and one last step without noise.
+    (arXiv 2401.08740 §2.4): num_steps - 1 noisy steps from noise to `last_step_size`, and one last step without noise.
 
     - `diffusion` and `diffusion_norm`: w(t), see `diffusion_coefficient`.
     - `last_step`: mean, Euler's step of the SDE without its noise; euler, of the ODE; tweedie, the data that the score
@@ -135,8 +139,8 @@ def euler_maruyama(
     for name, value, valid in (("method", method, SDE_METHODS), ("last_step", last_step, LAST_STEPS)):
         if value not in valid:
             raise UserError(f"sampler: {name}={value!r} is unknown; choose one of {', '.join(valid)}")
-    if steps < 2:
-        raise UserError(f"sampler: steps={steps}; the SDE needs a noisy step and a last one")
+    if num_steps < 2:
+        raise UserError(f"sampler: num_steps={num_steps}; the SDE needs a noisy step and a last one")
     end = get_path(path).end
     stop = 0.0 if last_step == "none" else last_step_size * end
 
@@ -146,11 +150,11 @@ def euler_maruyama(
         return v - diffusion_coefficient(diffusion, now, path, diffusion_norm) * score_from_velocity(v, x, t, path)
 
     x = start.double()
-    times = torch.linspace(end, stop, steps, dtype=torch.float64).tolist()
+    times = torch.linspace(end, stop, num_steps, dtype=torch.float64).tolist()
     for step, (now, then) in enumerate(pairwise(times)):
         dt = then - now
         strength = math.sqrt(2 * diffusion_coefficient(diffusion, now, path, diffusion_norm) * abs(dt))
-        kick = strength * noise(step).double()
+        kick = strength * draw(step).double()
         if method == "euler":
             x = x + dt * drift(x, now) + kick
         else:
@@ -167,11 +171,11 @@ def euler_maruyama(
     return x.to(start.dtype)
 
 
-def time_grid(steps: int, path: str = "linear") -> list[float]:
-    """steps + 1 evenly spaced times from noise to data."""
-    if steps < 1:
-        raise UserError(f"sampler: steps={steps} must be at least 1")
-    return torch.linspace(get_path(path).end, 0.0, steps + 1, dtype=torch.float64).tolist()
+def time_grid(num_steps: int, path: str = "linear") -> list[float]:
+    """num_steps + 1 evenly spaced times from noise to data."""
+    if num_steps < 1:
+        raise UserError(f"sampler: num_steps={num_steps} must be at least 1")
+    return torch.linspace(get_path(path).end, 0.0, num_steps + 1, dtype=torch.float64).tolist()
 
 
 def diffusion_coefficient(form: str, t: float, path: str = "linear", norm: float = 1.0) -> float:

@@ -11,29 +11,29 @@ from torch import Tensor
 from nitscale.errors import UserError
 from nitscale.flow.paths import get_path
 
-LAWS = ("uniform", "logit_normal", "mode")
+LAWS = ("uniform", "logit-normal", "mode")
 
 
 def sample_timesteps(
     n: int,
     generator: torch.Generator,
-    law: str = "logit_normal",
+    law: str = "logit-normal",
     *,
     path: str = "linear",
     mean: float = 0.0,
     std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """`n` times, (n,) float64 on the generator's device. `mean` and `std` belong to logit_normal, `mode_scale` to mode.
+    """`n` times, (n,) float64 on the generator's device. `mean` and `std` belong to logit-normal, `mode_scale` to mode.
 
-    logit_normal is what NiT trains with, and FiTv2 (its paper's eq. 13 is printed inverted; the law is symmetric about
+    logit-normal is what NiT trains with, and FiTv2 (its paper's eq. 13 is printed inverted; the law is symmetric about
     1/2 for mean 0, so that the direction of time does not matter).
     """
     if law not in LAWS:
         raise UserError(f"flow: timestep law {law!r} is unknown; choose one of {', '.join(LAWS)}")
-    draw = torch.randn if law == "logit_normal" else torch.rand
+    draw = torch.randn if law == "logit-normal" else torch.rand
     draws = draw(n, generator=generator, dtype=torch.float64, device=generator.device)
-    if law == "logit_normal":
+    if law == "logit-normal":
         return logit_normal(draws, mean, std, path)
     return get_path(path).end * (draws if law == "uniform" else mode(draws, mode_scale))
 
