@@ -1,0 +1,144 @@
+"""The `nitscale` command: one sub-command a job. Heavy imports happen inside them, so that `--help` answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nitscale import __version__
+from nitscale.errors import UserError
+
+app = typer.Typer(
+    help="Train native-resolution diffusion transformers: images → latent shards → packs → model → images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the configuration: train.steps=100 model.depth=4 …")
+]
+
+
+def main() -> None:
+    """Run a command. A UserError is printed alone, exit code 1; NITSCALE_DEBUG=1 shows its traceback."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("NITSCALE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1) if "RANK" in os.environ else sys.exit(1)  # under torchrun, peers may be waiting in a collective
+
+
+@app.callback(invoke_without_command=True)
+def version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"nitscale {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: nitscale demo --images ~/photos --minutes 30")
+def demo(
+    images: Annotated[
+        Path | None, typer.Option(help="Your own photos, one sub-folder a class or none; default: a built-in set.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for the whole job; more time makes better pictures.")] = 9.0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: runs/demo.")] = None,
+) -> None:
+    """The whole main job on this machine: draw or take images, encode, train, sample, judge, report."""
+    from nitscale.demo.pipeline import DemoConfig, run_demo
+
+    run_demo(DemoConfig(out=out or Path("runs/demo"), images=images, minutes=minutes))
+
+
+@app.command(epilog="Example: nitscale encode photos/ data/photos --factor 16 --channels 32")
+def encode(
+    images: Annotated[Path, typer.Argument(help="Folder of images, one sub-folder a class or none.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the dataset to make.")],
+    factor: Annotated[int, typer.Option(help="Pixels of one latent cell's side.")] = 16,
+    channels: Annotated[int, typer.Option(help="Channels of the DCT codec's latents.")] = 32,
+    patch_size: Annotated[int, typer.Option(help="Latent cells of one token's side that the model will use.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Larger images are scaled down to this many tokens.")] = 4096,
+    shard_samples: Annotated[int, typer.Option(help="Images of one shard.")] = 2048,
+) -> None:
+    """Encode a folder of images to latent shards. Run it again to finish what was interrupted."""
+    from data_prep.encode import EncodeConfig, encode_folder
+
+    config = EncodeConfig(
+        factor=factor, channels=channels, patch_size=patch_size, max_tokens=max_tokens, shard_samples=shard_samples
+    )
+    print(encode_folder(images, output, config).summary())
+
+
+@app.command(epilog="Example: torchrun --nproc-per-node 2 -m nitscale train configs/demo.yaml data.path=data/photos")
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/demo.yaml.")],
+    overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration, and stop.")
+    ] = False,
+) -> None:
+    """Train a model, or go on with the run in its folder. Works alone and under torchrun."""
+    from nitscale.config import load_config, to_yaml
+    from nitscale.train.config import RunConfig
+
+    run = load_config(RunConfig, config, overrides or [])
+    if print_config:
+        print(to_yaml(run), end="")
+        return
+    from nitscale.train.engine import start_process, stop_process
+    from nitscale.train.loop import run_training
+
+    process = start_process()
+    complete = run_training(run, process)
+    if process.is_main:
+        what = "complete" if complete else "stopped; the same command goes on from here"
+        print(f"train: {run.run} is {what}", flush=True)
+    stop_process()
+
+
+@app.command(epilog="Example: nitscale sample runs/demo/train --size 64x96 --size 144x96 --class 0,3 --seeds 0-7")
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    size: Annotated[list[str], typer.Option(help="HEIGHTxWIDTH in pixels; may be given several times.")],
+    classes: Annotated[str, typer.Option("--class", help="Names or numbers of classes: 0,3,disc; 'all'.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds: 0-7 or 1,5,9. One image for each size, class and seed.")] = "0",
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
+    sampler: Annotated[str, typer.Option(help="ode (Euler) or sde (Euler-Maruyama).")] = "ode",
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 2.5,
+    interval: Annotated[str, typer.Option(help="Times at which guidance is on: 0 is data, 1 is noise.")] = "0,1",
+    token_budget: Annotated[int, typer.Option(help="Most tokens sampled at once.")] = 4096,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
+) -> None:
+    """Sample images of any sizes from a checkpoint's averaged weights."""
+    from nitscale.generate.job import sample_to_folder
+    from nitscale.generate.sample import SamplerConfig
+
+    config = build_sampler(
+        SamplerConfig, sampler=sampler, steps=steps, guidance=guidance, interval=interval, token_budget=token_budget
+    )
+    sample_to_folder(checkpoint, size, classes, seeds, config, out)
+
+
+@app.command(epilog="Example: nitscale evaluate samples/ --data runs/demo/heldout")
+def evaluate(
+    samples: Annotated[Path, typer.Argument(help="Folder of sampled images.")],
+    data: Annotated[Path, typer.Option(help="Dataset of real images to compare with.")],
+) -> None:
+    """Fréchet distance between samples and real images, in the latents of the dataset's codec."""
+    from nitscale.evaluate.job import evaluate_folder
+
+    print(evaluate_folder(samples, data))
+
+
+def build_sampler(kind: Any, *, interval: str, **values: Any) -> Any:
+    """A SamplerConfig from command-line values; what it refuses becomes a UserError."""
+    from nitscale.config import build
+
+    try:
+        low, high = (float(time) for time in interval.split(","))
+    except ValueError:
+        raise UserError(f"sample: --interval {interval!r} must be two times, e.g. 0,0.7") from None
+    return build(kind, values | {"interval": [low, high]}, "sample", {})

@@ -1,0 +1,1 @@
+"""`nitscale demo`: the whole main job at the size of a laptop, from pictures to a judged set of samples."""

@@ -1,0 +1,1 @@
+"""How good samples are: distances between distributions of features."""

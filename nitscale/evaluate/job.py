@@ -1,0 +1,50 @@
+"""`nitscale evaluate`: how far a folder of samples is from a dataset of real images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from data_prep.sources import find_images
+from nitscale.autoencoders import Codec
+from nitscale.data.manifest import Dataset, load_dataset
+from nitscale.data.shards import read_latent
+from nitscale.errors import UserError
+from nitscale.evaluate.frechet import frechet_distance, latent_features
+
+
+def evaluate_folder(samples: Path, data: Path) -> str:
+    """The report of `nitscale evaluate`, one line. UserError if either has too few images for a distance."""
+    dataset = load_dataset(data)
+    real = dataset_latents(dataset)
+    found = [image.path for image in find_images(samples).images if image.path.name != "contact_sheet.png"]
+    codec = dataset.codec()
+    made = [image_latent(path, codec) for path in found]
+    for name, latents in ((samples, made), (data, real)):
+        if len(latents) < 2:
+            raise UserError(f"evaluate: {name} has {len(latents)} images; a distance needs at least 2, better 1,000")
+    distance = frechet_distance(latent_features(made), latent_features(real))
+    return (
+        f"evaluate: Fréchet distance {distance:.3f} in latents, {len(made):,} samples against {len(real):,} real images"
+    )
+
+
+def dataset_latents(dataset: Dataset, limit: int | None = None) -> list[Tensor]:
+    """The first `limit` latents (c, h, w) of a dataset, unflipped, fp32."""
+    count = min(limit or dataset.index.num_samples, dataset.index.num_samples)
+    channels = dataset.manifest.channels
+    latents = (read_latent(dataset.storage, dataset.index.ref(i), channels, False) for i in range(count))
+    return [torch.from_numpy(latent.astype(np.float32)) for latent in latents]
+
+
+def image_latent(path: Path, codec: Codec) -> Tensor:
+    """The latent (c, h, w) of an image file whose sides are multiples of the codec's factor."""
+    with Image.open(path) as file:
+        pixels = torch.from_numpy(np.array(file.convert("RGB")))
+    height, width = pixels.shape[:2]
+    if height % codec.factor or width % codec.factor:
+        raise UserError(f"evaluate: {path} is {height}x{width}; sides must be multiples of {codec.factor} pixels")
+    return codec.encode(rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w"))[0]

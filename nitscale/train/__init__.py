@@ -1,0 +1,1 @@
+"""The trainer: configuration, engine, loop, EMA, checkpoints and metrics."""

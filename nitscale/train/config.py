@@ -1,0 +1,95 @@
+"""The configuration of a run: what `nitscale train CONFIG` reads, section by section.
+
+Each component owns its section; those that only the loop needs stand here. `nitscale.config.load_config` reads it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nitscale.data.plan import PlanConfig
+from nitscale.models.transformer import ModelConfig
+from nitscale.train.ema import EMAConfig
+from nitscale.train.engine import EngineConfig, OptimizerConfig
+from nitscale.train.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which latents, and how they become packs."""
+
+    path: str
+    """Prefix of the dataset: the folder that `nitscale encode` wrote."""
+    token_budget: int = 16384
+    """Most tokens of a pack. One pack is one micro-batch of one data-parallel rank."""
+    packs_per_step: int = 8
+    """Packs of one optimizer step over all ranks: data-parallel ranks x accumulation. A multiple of the ranks."""
+    packer: Literal["lpfhp"] = "lpfhp"
+    """Longest-pack-first histogram packing (arXiv 2107.02027)."""
+    lanes: int = 1
+    """Independent sample streams; divides packs_per_step. More lanes mean that a node reads fewer shards."""
+    block_samples: int = 16384
+    """Samples of a lane that are shuffled and packed together."""
+    flip_probability: float = 0.5
+    """Chance that an image is taken mirrored."""
+    workers: int = 2
+    """Loader processes of each rank; 0 reads in the trainer's own process."""
+
+    def plan(self, seed: int, patch_size: int) -> PlanConfig:
+        return PlanConfig(
+            seed=seed,
+            token_budget=self.token_budget,
+            packs_per_step=self.packs_per_step,
+            lanes=self.lanes,
+            block_samples=self.block_samples,
+            patch_size=patch_size,
+            packer=self.packer,
+            flip_probability=self.flip_probability,
+        )
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The training objective: flow matching on the linear path, velocity prediction."""
+
+    timesteps: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
+    """Law of the timesteps; 0 is data, 1 is noise."""
+    mean: float = 0.0
+    """Of the normal under the logit."""
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, and what is written when."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: int = 2
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    run: str
+    """Folder of checkpoints, metrics and the resolved configuration."""
+    data: DataConfig
+    model: ModelConfig
+    train: LoopConfig
+    seed: int = 0
+    """Key of every random choice: order, flips, noise, timesteps, label drop, initial weights."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)

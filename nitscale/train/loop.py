@@ -1,0 +1,275 @@
+"""The training loop: packs in, weights out.
+
+A step is `packs_per_step` packs over all ranks. Its data, noise, timesteps and label drops are pure functions of
+(dataset, seed, step), so that a run that is stopped and resumed repeats exactly what an undisturbed one does.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nitscale.config import to_yaml
+from nitscale.data.loader import PackLoader
+from nitscale.data.manifest import load_dataset
+from nitscale.data.plan import Pack, Plan, PlanState, chain_digest
+from nitscale.errors import UserError
+from nitscale.files import atomic_write, exclusive_lock
+from nitscale.flow.losses import reduce_tokens, squared_error
+from nitscale.flow.paths import interpolate
+from nitscale.flow.timesteps import sample_timesteps
+from nitscale.layout import PackedBatch
+from nitscale.models.flops import training_flops
+from nitscale.models.transformer import PackedTransformer
+from nitscale.randomness import bernoulli, torch_generator
+from nitscale.train.checkpoint import Checkpointer
+from nitscale.train.config import RunConfig
+from nitscale.train.ema import EMA
+from nitscale.train.engine import Engine, Process
+from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops
+from nitscale.train.schedule import learning_rate_factor
+
+
+class Trainer:
+    """One run on one process of it. `train()` goes on from the newest checkpoint of the run folder, if there is one."""
+
+    def __init__(self, config: RunConfig, process: Process) -> None:
+        self.config = config
+        self.process = process
+        self.run = Path(config.run)
+        self.dataset = load_dataset(config.data.path)
+        check_model_fits_data(config, self.dataset.manifest)
+        self.plan = Plan(self.dataset, config.data.plan(config.seed, config.model.patch_size))
+        self.plan.assign(self.plan.step(self.plan.start())[0], process.world_size)  # refuses a wrong world size
+        self.model = PackedTransformer(config.model)
+        self.model.initialize(config.seed)
+        accumulation = config.data.packs_per_step // process.world_size
+        self.model.to(process.device)
+        self.engine = Engine(self.model, config.optimizer, config.engine, process, accumulation)
+        self.ema = EMA(self.engine, config.ema)
+        self.checkpointer = Checkpointer(self.run / "checkpoints", process, config.train.keep_last)
+        self.statistics = StepStatistics(process)
+        self.plan_state: PlanState = self.plan.start()
+        self.step = 0
+        self.tokens = 0
+        self.images = 0
+        self.digest = ""
+        self.stop_requested = False
+        self.saved_step = -1
+
+    def train(self) -> bool:
+        """Train to the last step, or until a signal asks to stop; either way the last step done is in a checkpoint.
+        True if the run is complete."""
+        self.resume()
+        if self.step >= self.config.train.steps:
+            return True
+        loader = PackLoader(
+            self.dataset,
+            self.plan,
+            self.plan_state,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            workers=self.config.data.workers,
+            pin_memory=self.process.device.type == "cuda",
+        )
+        metrics = MetricsWriter(self.run, self.process, self.step, self.config.train.steps)
+        previous = self.catch_signals()
+        self.since_log = StepClock()
+        packs = iter(loader)
+        try:
+            while self.step < self.config.train.steps and not self.all_agree_to_stop():
+                line = self.train_step(packs)
+                metrics.advance()
+                if line is not None:
+                    metrics.write(line)
+                if self.step % self.config.train.checkpoint_every == 0:
+                    self.save()
+            if self.saved_step != self.step:
+                self.save()
+        finally:
+            packs.close()
+            metrics.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.step >= self.config.train.steps
+
+    def train_step(self, packs: Iterator[PackedBatch]) -> dict[str, Any] | None:
+        """One optimizer step; the log line if this step has one."""
+        config = self.config
+        planned, self.plan_state = self.plan.step(self.plan_state)
+        step_tokens = sum(pack.num_tokens for pack in planned)
+        factor = learning_rate_factor(config.schedule, self.step, config.train.steps)
+        for _ in range(self.engine.accumulation):
+            batch = next(packs)
+            began = time.perf_counter()
+            self.note_unreadable(batch)
+            assert batch.step == self.step, f"loader is at step {batch.step}, trainer at {self.step}"
+            self.engine.backward(self.pack_loss(batch.to(self.process.device, non_blocking=True), step_tokens))
+            computed = time.perf_counter()
+            self.engine.step(config.optimizer.lr * factor)
+            self.statistics.wait_s += batch.data_wait_s
+            self.statistics.compute_s += computed - began
+        self.ema.update(self.step)
+        self.step += 1
+        self.tokens += step_tokens
+        self.images += sum(len(pack.sample_ids) for pack in planned)
+        self.digest = chain_digest(self.digest, planned)
+        self.since_log.add(planned, self)
+        if self.step % config.train.log_every and self.step != config.train.steps:
+            return None
+        return self.log_line(config.optimizer.lr * factor)
+
+    def pack_loss(self, batch: PackedBatch, step_tokens: int) -> torch.Tensor:
+        """This pack's share of the step's loss: its tokens' squared velocity error over the tokens of the step."""
+        config, layout, device = self.config, batch.layout, self.process.device
+        key = (batch.step, batch.pack)
+        noise_generator = torch_generator(config.seed, "noise", *key, device=device)
+        noise = torch.randn(batch.tokens.shape, generator=noise_generator, device=device)
+        t = sample_timesteps(
+            layout.num_segments,
+            torch_generator(config.seed, "timestep", *key),
+            config.flow.timesteps,
+            mean=config.flow.mean,
+            std=config.flow.std,
+        )
+        t = t.to(device, torch.float32)
+        drop = bernoulli(layout.num_segments, config.model.class_dropout, config.seed, "label drop", *key)
+        labels = torch.where(torch.from_numpy(drop).to(device), config.model.num_classes, batch.labels)
+        noisy, velocity = interpolate(batch.tokens, noise, t, layout)
+        error = squared_error(self.engine.deepspeed(noisy, t, labels, layout), velocity)
+        self.statistics.add(error, batch.weights, t, layout)
+        return reduce_tokens(error, layout, weights=batch.weights, total=step_tokens)
+
+    def note_unreadable(self, batch: PackedBatch) -> None:
+        """One line of quarantine.jsonl for each image of the pack that could not be read; it trains with weight 0."""
+        if batch.unreadable:
+            with (self.run / "quarantine.jsonl").open("a") as ledger:
+                for sample_id, reason in batch.unreadable:
+                    name = self.dataset.index.key(sample_id)
+                    ledger.write(
+                        json.dumps({"step": batch.step, "sample": sample_id, "key": name, "reason": reason}) + "\n"
+                    )
+
+    def log_line(self, lr: float) -> dict[str, Any]:
+        """The metrics since the last line. All ranks must call it."""
+        line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "images": self.images}
+        line |= self.statistics.reduce()
+        line |= {"grad_norm": self.engine.grad_norm(), "lr": lr} | self.since_log.take(self)
+        line |= {"memory_gib": memory_gib(self.process.device), "data_digest": self.digest}
+        if not (line["loss"] < float("inf")):
+            raise UserError(
+                f"train: the loss at step {self.step} is {line['loss']}; lower optimizer.lr or set model.qk_norm, "
+                f"then run again: it goes on from the last checkpoint in {self.checkpointer.folder}"
+            )
+        return line
+
+    def save(self) -> None:
+        """Publish a checkpoint of the current step. All ranks must call it."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "images": self.images,
+            "data_digest": self.digest,
+            "plan": self.plan.state_dict(self.plan_state),
+        }
+        self.checkpointer.save(self.step, self.engine, self.ema.state_dict(), state, to_yaml(self.config))
+        self.saved_step = self.step
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint of the run folder, if there is one."""
+        checkpoint = self.checkpointer.latest()
+        if checkpoint is None:
+            return
+        state = checkpoint.state()
+        self.plan_state = self.plan.load_state(state["plan"])
+        self.checkpointer.load(checkpoint, self.engine)
+        self.ema.load_state_dict(checkpoint.ema())
+        self.step = self.saved_step = state["step"]
+        self.tokens, self.images, self.digest = state["tokens"], state["images"], state["data_digest"]
+        if self.process.is_main:
+            print(
+                f"train: resumed from {checkpoint.folder} at step {self.step} of {self.config.train.steps}", flush=True
+            )
+
+    def catch_signals(self) -> dict[int, Any]:
+        """Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress; a second Ctrl-C ends it at once."""
+
+        def ask_to_stop(number: int, frame: FrameType | None) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        return {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def all_agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all."""
+        if self.process.world_size == 1:
+            return self.stop_requested
+        flag = torch.tensor(self.stop_requested, dtype=torch.int32, device=self.process.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class StepClock:
+    """Speed, fill and balance of the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.tokens = self.capacity = self.steps = 0
+        self.flops = self.imbalance = 0.0
+
+    def add(self, planned: list[Pack], trainer: Trainer) -> None:
+        config, world_size = trainer.config, trainer.process.world_size
+        self.steps += 1
+        self.tokens += sum(pack.num_tokens for pack in planned)
+        self.capacity += config.data.token_budget * len(planned)
+        self.flops += sum(training_flops(config.model, pack.grids.prod(axis=1)) for pack in planned)
+        costs = [sum(pack.cost for pack in share) for share in trainer.plan.assign(planned, world_size)]
+        self.imbalance += max(costs) / (sum(costs) / len(costs))
+
+    def take(self, trainer: Trainer) -> dict[str, Any]:
+        """What was measured; begins anew."""
+        seconds = time.perf_counter() - self.began
+        peak = peak_flops(trainer.process.device)
+        flops_per_s = self.flops / seconds / trainer.process.world_size
+        line = {
+            "tokens_per_s": self.tokens / seconds,
+            "step_s": seconds / self.steps,
+            "tflops_per_device": flops_per_s / 1e12,
+            "mfu": flops_per_s / peak if peak else None,
+            "fill": self.tokens / self.capacity,
+            "imbalance_predicted": self.imbalance / self.steps,
+        }
+        self.__init__()  # type: ignore[misc]
+        return line
+
+
+def check_model_fits_data(config: RunConfig, manifest: Any) -> None:
+    """UserError where the model's channels or classes are not the dataset's."""
+    if config.model.in_channels != manifest.channels:
+        raise UserError(
+            f"train: model.in_channels={config.model.in_channels}, but the latents of {config.data.path} have "
+            f"{manifest.channels} channels; set model.in_channels={manifest.channels}"
+        )
+    if config.model.num_classes < len(manifest.classes):
+        raise UserError(
+            f"train: model.num_classes={config.model.num_classes}, but {config.data.path} has {len(manifest.classes)} "
+            f"classes; set model.num_classes={len(manifest.classes)}"
+        )
+
+
+def run_training(config: RunConfig, process: Process) -> bool:
+    """Train `config` in its run folder, which one training at a time may use. True if the run is complete."""
+    run = Path(config.run)
+    if process.is_main:
+        with exclusive_lock(run / ".lock", f"training in {run}"):
+            atomic_write(run / "config.yaml", to_yaml(config).encode())
+            atomic_write(run / "environment.json", json.dumps(machine(), indent=1).encode())
+            return Trainer(config, process).train()
+    return Trainer(config, process).train()

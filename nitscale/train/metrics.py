@@ -1,0 +1,154 @@
+"""What a step did: one JSON line, TensorBoard scalars and a progress bar.
+
+Sums are kept on the device and read once every `log_every` steps; ranks are added up then.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nitscale.layout import PackLayout
+from nitscale.train.engine import Process
+
+QUARTILES = 4
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+"""Dense bf16 peak of known GPUs, from NVIDIA's data sheets."""
+
+
+class StepStatistics:
+    """Running sums since the last log line, on the device."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.sums = torch.zeros(2 + 2 * QUARTILES, dtype=torch.float64, device=process.device)
+        self.compute_s = 0.0
+        self.wait_s = 0.0
+
+    @torch.no_grad()
+    def add(self, squared_error: Tensor, weights: Tensor, t: Tensor, layout: PackLayout) -> None:
+        """`squared_error` (N,) of each token; `weights` and `t` (n,) of each image."""
+        per_image = torch.zeros(len(t), dtype=torch.float64, device=t.device)
+        per_image.index_add_(0, layout.segment_ids, squared_error.detach().double())
+        tokens = layout.grids.prod(1) * weights
+        per_image = per_image * weights
+        quartile = (t * QUARTILES).long().clamp(0, QUARTILES - 1)
+        self.sums[0] += per_image.sum()
+        self.sums[1] += tokens.sum()
+        self.sums[2 : 2 + QUARTILES].index_add_(0, quartile, per_image)
+        self.sums[2 + QUARTILES :].index_add_(0, quartile, tokens.double())
+
+    def reduce(self) -> dict[str, Any]:
+        """The sums of all ranks as means, and a fresh start. All ranks must call it."""
+        times = torch.tensor([self.compute_s, self.wait_s], dtype=torch.float64, device=self.process.device)
+        slowest = times.clone()
+        if self.process.world_size > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(times)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        loss, tokens, *rest = self.sums.tolist()
+        mean_compute, mean_wait = (times / self.process.world_size).tolist()
+        line = {"loss": loss / max(tokens, 1)}
+        for i in range(QUARTILES):
+            count = rest[QUARTILES + i]
+            line[f"loss_t{i}"] = rest[i] / count if count else None
+        line["imbalance_observed"] = slowest[0].item() / mean_compute if mean_compute else 1.0
+        line["data_wait"] = mean_wait / max(mean_wait + mean_compute, 1e-9)
+        self.sums.zero_()
+        self.compute_s = self.wait_s = 0.0
+        return line
+
+
+class MetricsWriter:
+    """Rank 0's outputs: `metrics.jsonl`, TensorBoard, and the bar. Nothing on other ranks."""
+
+    def __init__(self, run: Path, process: Process, start_step: int, steps: int) -> None:
+        self.active = process.is_main
+        if not self.active:
+            return
+        self.path = run / "metrics.jsonl"
+        truncate_after(self.path, start_step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        self.bar = tqdm(total=steps, initial=start_step, desc="train", unit="step", mininterval=1.0, smoothing=0.1)
+
+    def advance(self) -> None:
+        if self.active:
+            self.bar.update()
+
+    def write(self, line: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and name not in ("step",):
+                self.board.add_scalar(f"train/{name}", value, line["step"])
+        self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.board.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run is about to do again, and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["step"] <= step:
+            kept.append(text)
+    path.write_text("".join(f"{text}\n" for text in kept))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s; None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: of the GPU's allocator, or resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core", "nitscale")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
