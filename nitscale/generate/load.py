@@ -20,6 +20,7 @@ class TrainedModel:
     classes: list[str]
     step: int
     config: RunConfig
+    device: torch.device
 
 
 def load_trained(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
@@ -35,4 +36,4 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> TrainedModel
     model.load_state_dict(checkpoint.ema())
     model.to(device).eval()
     codec = dataset.codec().to(device)
-    return TrainedModel(model, codec, dataset.manifest.classes, checkpoint.step, config)
+    return TrainedModel(model, codec, dataset.manifest.classes, checkpoint.step, config, torch.device(device))

@@ -187,7 +187,7 @@ class Engine:
             if self.config.zero_stage == 0:
                 yield Fragment(name, parameter.shape, 0, parameter.numel(), position, 0)
                 continue
-            mapping = parameter._hp_mapping
+            mapping: Any = getattr(parameter, "_hp_mapping", None)
             if mapping is None:
                 yield Fragment(name, parameter.shape, 0, 0, 0, 0)
                 continue

@@ -7,7 +7,7 @@ A step is `packs_per_step` packs over all ranks. Its data, noise, timesteps and 
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,7 +99,7 @@ class Trainer:
                 signal.signal(number, handler)
         return self.step >= self.config.train.steps
 
-    def train_step(self, packs: Iterator[PackedBatch]) -> dict[str, Any] | None:
+    def train_step(self, packs: Generator[PackedBatch]) -> dict[str, Any] | None:
         """One optimizer step; the log line if this step has one."""
         config = self.config
         planned, self.plan_state = self.plan.step(self.plan_state)

@@ -1,0 +1,162 @@
+"""How good the demo's samples are: class agreement by a fixed classifier on pixels, and a Fréchet distance of latents.
+
+Both are printed beside what they are worth: the classifier's accuracy on real pictures, chance, and the distance of
+pure noise. Sizes are judged in three groups: trained on, never trained on (up to 1.5 x in side and in ratio), and
+beyond, which is shown without a claim.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nitscale.data.manifest import Dataset
+from nitscale.demo.classifier import classify
+from nitscale.demo.shapes import CLASSES
+from nitscale.evaluate.frechet import frechet_distance, latent_features
+from nitscale.evaluate.job import dataset_latents
+from nitscale.generate.load import TrainedModel
+from nitscale.generate.sample import SamplerConfig, SampleRequest, sample_images
+from nitscale.layout import Grid
+from nitscale.randomness import torch_generator
+
+SIZES: dict[str, list[Grid]] = {
+    "trained": [(64, 64), (96, 96), (48, 80), (80, 48), (64, 96)],
+    "unseen": [(112, 112), (128, 128), (144, 144), (96, 144), (144, 96), (48, 128)],
+    "beyond": [(192, 192), (64, 224)],
+}
+"""(height, width) in pixels. Trained on: sides of 48 to 96, ratios to 2. Unseen: sides to 144, ratios to 3."""
+IMAGES_A_CLASS = {"trained": 8, "unseen": 5, "beyond": 1}
+MOST_CLASSES = 16
+"""Classes that are sampled, where a user's own photos have more."""
+MOST_REAL = 1000
+"""Held-out images that are compared with."""
+SAMPLER = SamplerConfig(steps=32, guidance=2.5, interval=(0.1, 1.0), token_budget=2048)
+
+
+@dataclass
+class Judgement:
+    """What was sampled and how it was judged."""
+
+    classes: list[str]
+    step: int
+    real: list[Tensor] = field(default_factory=list)
+    """A real picture of each class, for comparison."""
+    samples: list[tuple[SampleRequest, Tensor]] = field(default_factory=list)
+    groups: dict[str, list[Grid]] = field(default_factory=dict)
+    agreement_by_size: dict[Grid, float] = field(default_factory=dict)
+    agreement_by_class: dict[str, float] = field(default_factory=dict)
+    classifier_on_real: float | None = None
+    frechet_samples: float = 0.0
+    frechet_noise: float = 0.0
+    real_images: int = 0
+
+    def numbers(self) -> dict[str, Any]:
+        """What stands in report.json."""
+        numbers: dict[str, Any] = {"step": self.step, "classifier_on_real": self.classifier_on_real}
+        for group in self.groups:
+            numbers[f"agreement_{group}"] = self.agreement(group)
+        return numbers | {
+            "chance": 1 / len(self.classes),
+            "agreement_by_size": {f"{h}x{w}": value for (h, w), value in self.agreement_by_size.items()},
+            "agreement_by_class": self.agreement_by_class,
+            "frechet_samples": self.frechet_samples,
+            "frechet_noise": self.frechet_noise,
+            "real_images": self.real_images,
+            "samples": len(self.samples),
+        }
+
+    def agreement(self, group: str) -> float | None:
+        """Mean over the group's sizes; None where the classes are the user's own."""
+        values = [self.agreement_by_size[size] for size in self.groups[group] if size in self.agreement_by_size]
+        return sum(values) / len(values) if values else None
+
+    def summary(self) -> str:
+        """The numbers in a few lines for the terminal."""
+        lines = []
+        if self.classifier_on_real is not None:
+            lines.append(
+                f"class agreement (classifier right on {self.classifier_on_real:.1%} of {self.real_images} "
+                f"real pictures, chance {1 / len(self.classes):.1%}):"
+            )
+            for group, sizes in self.groups.items():
+                each = ", ".join(f"{h}x{w} {self.agreement_by_size[h, w]:.0%}" for h, w in sizes)
+                lines.append(f"  {GROUP_TITLES[group]:<28} {self.agreement(group):6.1%}   ({each})")
+        else:
+            lines.append("class agreement: not judged, the fixed classifier knows the built-in set only")
+        lines.append(
+            f"Fréchet distance of latents to {self.real_images} real ones: samples {self.frechet_samples:.2f}, "
+            f"noise {self.frechet_noise:.2f}"
+        )
+        return "\n".join(lines)
+
+
+GROUP_TITLES = {"trained": "sizes trained on", "unseen": "sizes never trained on", "beyond": "far beyond (no claim)"}
+
+
+def judge(trained: TrainedModel, heldout: Dataset, is_builtin: bool) -> Judgement:
+    """Sample every size and class with guidance, all sizes mixed in packs, and judge the pictures."""
+    judgement = Judgement(trained.classes, trained.step)
+    judgement.groups = SIZES if is_builtin else own_sizes(heldout, trained.codec.factor)
+    classes = range(min(len(trained.classes), MOST_CLASSES))
+    requests = [
+        SampleRequest(*size, label, seed)
+        for group, sizes in judgement.groups.items()
+        for seed in range(IMAGES_A_CLASS[group])
+        for size in sizes
+        for label in classes
+    ]
+    latents: dict[int, Tensor] = {}
+    images: dict[int, Tensor] = {}
+    for position, latent, image in sample_images(trained.model, trained.codec, requests, SAMPLER):
+        latents[position], images[position] = latent, image
+    judgement.samples = [(request, images[i]) for i, request in enumerate(requests)]
+
+    real_latents = dataset_latents(heldout, MOST_REAL)
+    labels = [int(label) for label in heldout.index.label[: len(real_latents)]]
+    judgement.real_images = len(real_latents)
+    decoded = [trained.codec.decode(z[None].to(trained.device))[0].clamp(-1, 1).cpu() for z in real_latents]
+    judgement.real = [decoded[labels.index(label)] for label in classes if label in labels]
+    if is_builtin:
+        judge_classes(judgement, decoded, labels)
+
+    trained_sizes = set(judgement.groups["trained"])
+    comparable = [i for i, r in enumerate(requests) if (r.height, r.width) in trained_sizes]
+    noise = [torch.randn(latents[i].shape, generator=torch_generator("demo", "untrained noise", i)) for i in comparable]
+    real = latent_features(real_latents)
+    judgement.frechet_samples = frechet_distance(latent_features(latents[i] for i in comparable), real)
+    judgement.frechet_noise = frechet_distance(latent_features(noise), real)
+    return judgement
+
+
+def judge_classes(judgement: Judgement, real: list[Tensor], real_labels: list[int]) -> None:
+    """Agreement of the classifier with the class that was asked for, by size and by class, and its accuracy."""
+    assert tuple(judgement.classes) == CLASSES
+    right_on_real = [classify(image)[0] == label for image, label in zip(real, real_labels, strict=True)]
+    judgement.classifier_on_real = sum(right_on_real) / len(right_on_real)
+    by_size: dict[Grid, list[bool]] = {}
+    by_class: dict[str, list[bool]] = {}
+    claimed = {size for group in ("trained", "unseen") for size in judgement.groups[group]}
+    for request, image in judgement.samples:
+        size = (request.height, request.width)
+        right = classify(image)[0] == request.label
+        by_size.setdefault(size, []).append(right)
+        if size in claimed:
+            by_class.setdefault(CLASSES[request.label], []).append(right)
+    judgement.agreement_by_size = {size: sum(found) / len(found) for size, found in by_size.items()}
+    judgement.agreement_by_class = {name: sum(found) / len(found) for name, found in by_class.items()}
+
+
+def own_sizes(dataset: Dataset, factor: int) -> dict[str, list[Grid]]:
+    """Sizes to sample for the user's own photos: the commonest ones, and others that do not occur."""
+    grids = [tuple(int(side) for side in name.split("x")) for name in dataset.manifest.grids]
+    counts = list(dataset.manifest.grids.values())
+    common = [grids[i] for i in sorted(range(len(grids)), key=lambda i: -counts[i])[:4]]
+    rows, columns = common[0]
+    others = [(columns, rows), (rows, rows), (rows + 2, columns + 2), (rows, 2 * columns), (2 * rows, columns)]
+    unseen = [grid for grid in dict.fromkeys(others) if grid not in grids]
+    return {
+        "trained": [(r * factor, c * factor) for r, c in common],
+        "unseen": [(r * factor, c * factor) for r, c in unseen],
+    }

@@ -1,0 +1,278 @@
+"""`nitscale demo`: images → shards → packs → a trained NiT → samples → an honest report, on one machine in minutes.
+
+Each stage is the job that a cluster runs, at the size of a laptop, and leaves its result in a folder of its own: run
+again, it continues where it stopped. Training runs as one single-threaded rank a core, which on small models beats
+one process of many threads. How many steps fit into the time is measured once, in a few throw-away steps, and kept.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_prep.encode import encode_folder
+from data_prep.pipeline import EncodeConfig
+from data_prep.sources import find_images
+from nitscale.config import load_config
+from nitscale.data.manifest import Dataset, load_dataset
+from nitscale.demo.judge import Judgement, judge
+from nitscale.demo.report import write_report
+from nitscale.demo.shapes import draw_folder
+from nitscale.errors import UserError
+from nitscale.files import atomic_write, exclusive_lock
+from nitscale.generate.load import load_trained
+from nitscale.train.checkpoint import published
+from nitscale.train.config import RunConfig
+from nitscale.train.metrics import machine
+
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+TRAINED_SIDES = (48, 111)
+"""Pixels of the sides of the built-in pictures that are trained on: latents of 3 to 6 cells a side."""
+LARGEST_RATIO = 2.0
+PICTURES = 4000
+HELD_OUT = 400
+FEWEST_HELD_OUT = 20
+CALIBRATION_STEPS = 60
+CALIBRATION_STARTS = 20
+"""Steps of the calibration that are not timed."""
+MOST_STEPS = 20_000
+MOST_RANKS = 8
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    out: Path
+    images: Path | None = None
+    """The user's own photos; None draws the built-in set."""
+    minutes: float = 9.0
+    """Of the whole job."""
+    reserve_s: float = 80.0
+    """Seconds kept for sampling, judging and the report, on two cores."""
+
+
+def run_demo(demo: DemoConfig) -> None:
+    """Run the stages that are not done yet. UserError names what is wrong and leaves finished stages as they are."""
+    began = time.perf_counter()
+    if demo.minutes < 1:
+        raise UserError(f"demo: --minutes {demo.minutes} is too short; give at least 1, better 9")
+    with exclusive_lock(demo.out / ".lock", f"running the demo in {demo.out}"):
+        spent = Stopwatch(demo.out / "seconds.json")
+        with spent.stage("images"):
+            images = prepare_images(demo)
+        with spent.stage("encode"):
+            encode_all(demo, images)
+        with spent.stage("train"):
+            config_path = prepare_training(demo, spent.total())
+            train(config_path, demo)
+        with spent.stage("sample and judge"):
+            say("sampling with guidance, then judging against real images never trained on")
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            trained = load_trained(demo.out / "train", device)
+            judgement = judge(trained, held_out_images(demo), is_builtin=demo.images is None)
+        finish(demo, judgement, spent, time.perf_counter() - began)
+
+
+def prepare_images(demo: DemoConfig) -> Path:
+    """The folder of images to train on; the built-in set also gets one of held-out pictures."""
+    if demo.images is not None:
+        return split_photos(demo)
+    low, high = TRAINED_SIDES
+    say(f"drawing {PICTURES + HELD_OUT:,} pictures of eight layouts, {low} to {high} pixels a side")
+    draw_folder(demo.out / "images", PICTURES, TRAINED_SIDES, LARGEST_RATIO, "train")
+    draw_folder(demo.out / "heldout_images", HELD_OUT, TRAINED_SIDES, LARGEST_RATIO, "held out")
+    return demo.out / "images"
+
+
+def split_photos(demo: DemoConfig) -> Path:
+    """Links to the user's photos: every tenth of a class is held out, if there are enough."""
+    assert demo.images is not None
+    photos = find_images(demo.images)
+    say(f"{len(photos.images):,} photos of {len(photos.classes)} classes in {demo.images}")
+    place: Counter[int] = Counter()
+    for photo in photos.images:
+        place[photo.label] += 1
+        folder = "heldout_images" if place[photo.label] % 10 == 0 else "images"
+        link = demo.out / folder / photos.classes[photo.label] / photo.path.name
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(photo.path.resolve())
+    return demo.out / "images"
+
+
+def encode_all(demo: DemoConfig, images: Path) -> None:
+    """Latent shards of the images to train on, and of those held out, with the same codec."""
+    say("encoding to latent shards with the DCT codec: 16 x 16 pixels become one token of 32 numbers")
+    config = EncodeConfig(max_tokens=64 if demo.images else 4096, shard_samples=1024)
+    report = encode_folder(images, demo.out / "latents", config)
+    print(report.summary())
+    if (demo.out / "heldout_images").exists():
+        codec = load_dataset(demo.out / "latents").codec()
+        encode_folder(demo.out / "heldout_images", demo.out / "heldout", config, codec=codec)
+
+
+def held_out_images(demo: DemoConfig) -> Dataset:
+    """The real images to judge against. A handful of photos has none to spare, and is judged against itself."""
+    if (demo.out / "heldout").exists() and load_dataset(demo.out / "heldout").index.num_samples >= FEWEST_HELD_OUT:
+        return load_dataset(demo.out / "heldout")
+    say(f"fewer than {FEWEST_HELD_OUT} photos are held out: the distance is to the photos trained on")
+    return load_dataset(demo.out / "latents")
+
+
+def prepare_training(demo: DemoConfig, spent_s: float) -> Path:
+    """The run's configuration, with as many steps as the time allows; made once and kept."""
+    path = demo.out / "train.yaml"
+    if path.exists():
+        return path
+    ranks = number_of_ranks()
+    dataset = load_dataset(demo.out / "latents")
+    settings: dict[str, Any] = {
+        "base": os.path.relpath(RECIPE, path.parent),
+        "run": str(demo.out / "train"),
+        "data": {"path": str(demo.out / "latents"), "packs_per_step": max(2, ranks)},
+        "model": {"num_classes": len(dataset.manifest.classes)},
+        "train": {"steps": CALIBRATION_STEPS, "log_every": CALIBRATION_STARTS, "checkpoint_every": 10**9},
+    }
+    trial = demo.out / "calibration"
+    shutil.rmtree(trial, ignore_errors=True)
+    say(f"measuring the speed of a training step with {ranks} {'rank' if ranks == 1 else 'ranks'}")
+    atomic_write(demo.out / "calibration.yaml", yaml.safe_dump(settings | {"run": str(trial)}).encode())
+    started = time.perf_counter()
+    run_ranks(["train", str(demo.out / "calibration.yaml")], ranks, quiet=True)
+    lines = [json.loads(text) for text in (trial / "metrics.jsonl").read_text().splitlines()]
+    step_s = sum(line["step_s"] for line in lines[1:]) / len(lines[1:])
+    shutil.rmtree(trial, ignore_errors=True)
+    start_up_s = 15.0
+    left_s = demo.minutes * 60 - spent_s - (time.perf_counter() - started) - start_up_s - demo.reserve_s
+    steps = int(min(max(left_s / step_s, 100), MOST_STEPS))
+    say(f"{step_s:.3f} s a step: {steps:,} steps in {steps * step_s / 60:.1f} minutes")
+    settings["train"] = {"steps": steps}
+    atomic_write(path, yaml.safe_dump(settings).encode())
+    return path
+
+
+def train(config_path: Path, demo: DemoConfig) -> None:
+    """`nitscale train` to the last step. Ctrl-C leaves a checkpoint."""
+    config = load_config(RunConfig, config_path)
+    if completed_steps(config) >= config.train.steps:
+        return
+    say(f"training {config.train.steps:,} steps; watch it with: tensorboard --logdir {config.run}")
+    run_ranks(["train", str(config_path)], number_of_ranks())
+    if completed_steps(config) < config.train.steps:
+        raise UserError(
+            f"demo: stopped at step {completed_steps(config):,} of {config.train.steps:,}, nothing is lost; "
+            "the same command goes on from here"
+        )
+
+
+def completed_steps(config: RunConfig) -> int:
+    found = published(Path(config.run) / "checkpoints")
+    return found[-1].step if found else 0
+
+
+def number_of_ranks() -> int:
+    """One a GPU, or one a core."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(len(os.sched_getaffinity(0)), MOST_RANKS)
+
+
+def run_ranks(arguments: Sequence[str], ranks: int, quiet: bool = False) -> None:
+    """`python -m nitscale ARGUMENTS` as a group of ranks on this machine; only the first speaks. Ctrl-C reaches all of
+    them, and is theirs to answer. UserError with the last words of a rank that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes = []
+    try:
+        for rank in range(ranks):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nitscale", *arguments],
+                env=os.environ | shared | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL if quiet or rank else None,
+                stderr=subprocess.PIPE if quiet or rank else None,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+                text=True,
+            )
+            processes.append(process)
+        failed = wait_for_all(processes)
+    finally:
+        for process in processes:
+            process.kill()
+        signal.signal(signal.SIGINT, previous)
+    if failed is not None:
+        words = (failed.stderr.read() if failed.stderr else "").strip().splitlines()
+        raise UserError(f"demo: a training process failed: {words[-1] if words else 'see its message above'}")
+
+
+def wait_for_all(processes: Sequence[subprocess.Popen[str]]) -> subprocess.Popen[str] | None:
+    """Wait until all have ended well, or one has failed; that one."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for process, code in zip(processes, codes, strict=True):
+            if code not in (None, 0):
+                return process
+        if None not in codes:
+            return None
+        time.sleep(0.05)
+
+
+def finish(demo: DemoConfig, judgement: Judgement, spent: "Stopwatch", this_run_s: float) -> None:
+    """report.json, report.html and the contact sheet; the numbers on the terminal."""
+    result = judgement.numbers() | {
+        "seconds": round(spent.total(), 1),
+        "seconds_by_stage": spent.seconds,
+        "machine": machine(),
+    }
+    atomic_write(demo.out / "report.json", json.dumps(result, indent=1).encode())
+    write_report(demo.out, judgement, result)
+    print("\n" + judgement.summary())
+    print(f"\n{spent.total() / 60:.1f} minutes in all, {this_run_s / 60:.1f} of them now. Look at:")
+    print(f"  {demo.out / 'contact_sheet.png'}\n  {demo.out / 'report.html'}")
+
+
+class Stopwatch:
+    """Seconds of each stage, over all runs of the demo."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def stage(self, name: str) -> "Stage":
+        return Stage(self, name)
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Stage:
+    """Adds the time of a block to its stage, also if it is interrupted."""
+
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self.watch, self.name = watch, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = self.watch.seconds.get(self.name, 0.0) + time.perf_counter() - self.began
+        self.watch.seconds[self.name] = round(seconds, 2)
+        atomic_write(self.watch.path, json.dumps(self.watch.seconds).encode())
+
+
+def say(text: str) -> None:
+    print(f"\n▸ {text}", flush=True)
