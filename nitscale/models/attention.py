@@ -71,10 +71,12 @@ def equal_length_runs(layout: PackLayout) -> list[tuple[int, int, int]]:
 
 
 def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float | None) -> Tensor:
+    runs = equal_length_runs(layout)
+    # split and not slices: the backward of a slice fills a tensor of the whole pack for every run
+    sizes = [count * length for _, count, length in runs]
     outputs = []
-    for first, count, length in equal_length_runs(layout):
-        run = slice(first, first + count * length)
-        batch_q, batch_k, batch_v = (x[run].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    for (_, count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        batch_q, batch_k, batch_v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
