@@ -68,6 +68,11 @@ class PackLayout:
             },
         )
 
+    def pin_memory(self) -> "PackLayout":
+        """The same layout in page-locked memory."""
+        names = ("cu_seqlens", "segment_ids", "positions", "grids")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -89,12 +94,19 @@ class PackedBatch:
     """Position of this pack among the packs of its step: with `step`, the key of its noise."""
     data_wait_s: float = 0.0
     """Seconds that the trainer waited for this pack."""
+    unreadable: tuple[tuple[int, str], ...] = ()
+    """(sample id, reason) of each image that could not be read; its tokens are zero and its weight is 0."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("tokens", "labels", "weights")
         }
         return replace(self, layout=self.layout.to(device, non_blocking), **moved)
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same pack in page-locked memory, from which copies to a GPU do not block. Called by the loader."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "weights")}
+        return replace(self, layout=self.layout.pin_memory(), **pinned)
 
 
 def patchify(latent: Tensor, patch_size: int = 1) -> Tensor:

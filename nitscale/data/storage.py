@@ -78,6 +78,7 @@ class LocalStorage:
                 break
             data += more
         if len(data) != length:
+            self._open_files.pop(name, None)  # a retry opens the file anew
             raise OSError(errno.EIO, f"{len(data)} of {length} bytes at offset {offset}: the file is truncated", name)
         return data
 

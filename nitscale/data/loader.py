@@ -1,0 +1,176 @@
+"""The loader: reads the packs of one rank, step by step, ahead of the trainer, in worker processes.
+
+The main process walks the plan and hands out packs (a few hundred numbers each); workers read the latents by offset and
+return batches in the plan's order, whatever the number of workers. A sample that cannot be read keeps its place with
+zero tokens and weight 0, so that shapes and order never move.
+"""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from nitscale.data.manifest import Dataset
+from nitscale.data.plan import Pack, Plan, PlanState
+from nitscale.data.shards import UnreadableSample, read_latent
+from nitscale.layout import PackedBatch, PackLayout, patchify
+
+RETRY_DELAYS = (0.05, 0.5)
+"""Seconds before a sample that could not be read is tried again: file systems over a network recover."""
+PREFETCHED_PACKS = 4
+"""Packs that every worker reads ahead."""
+
+Unreadable: TypeAlias = tuple[tuple[int, str], ...]
+"""(sample id, reason) of the images of a pack that could not be read."""
+
+
+class WorkerDied(RuntimeError):
+    """A loader process ended by itself."""
+
+
+class PackLoader:
+    """Iterates over the packs of one rank, without end, from a given state of the plan."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        state: PlanState,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """`workers` processes read ahead; with 0 the caller reads. UserError if `world_size` does not suit the plan."""
+        plan.assign(plan.step(state)[0], world_size)  # complain now rather than at the first batch
+        self._dataset, self._pin_memory = dataset, pin_memory
+        self._loader = DataLoader(
+            _PackReader(dataset, plan.config.patch_size),
+            batch_size=None,
+            sampler=_RankPacks(plan, state, rank, world_size),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=PREFETCHED_PACKS if workers else None,
+            worker_init_fn=_start_worker,
+        )
+
+    def __iter__(self) -> Generator[PackedBatch]:
+        """This rank's packs of the state's step, then of the next, and so on; `packs_per_step / world_size` a step.
+
+        Each batch carries the seconds that the caller waited for it. WorkerDied if a worker process ends; close the
+        iterator to end the workers.
+        """
+        batches = iter(self._loader)
+        while True:
+            started = time.perf_counter()
+            try:
+                pack, tokens, unreadable = next(batches)
+            except RuntimeError as error:
+                if found := re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(.*)", str(error)):
+                    raise WorkerDied(
+                        f"loader: worker process {found[1]}{found[2]} (out of memory, if nobody ended it: "
+                        "lower data.workers); run again to continue from the last checkpoint"
+                    ) from error
+                raise
+            batch = make_batch(self._dataset, pack, tokens, unreadable)
+            batch = batch.pin_memory() if self._pin_memory else batch
+            yield replace(batch, data_wait_s=time.perf_counter() - started)
+
+
+def read_tokens(dataset: Dataset, pack: Pack, patch_size: int) -> tuple[Tensor, Unreadable]:
+    """The tokens of a pack's images end to end, (N, F) float32, zero where an image could not be read, and which those
+    are."""
+    lengths = pack.grids.prod(axis=1).tolist()
+    tokens = torch.zeros(sum(lengths), dataset.manifest.channels * patch_size**2)
+    unreadable = []
+    start = 0
+    for sample_id, flipped, length in zip(pack.sample_ids.tolist(), pack.flips.tolist(), lengths, strict=True):
+        try:
+            latent = torch.from_numpy(read_with_retries(dataset, sample_id, flipped).astype(np.float32))
+            tokens[start : start + length] = patchify(latent, patch_size)
+        except UnreadableSample as error:
+            unreadable.append((sample_id, str(error)))
+        start += length
+    return tokens, tuple(unreadable)
+
+
+def make_batch(dataset: Dataset, pack: Pack, tokens: Tensor, unreadable: Unreadable) -> PackedBatch:
+    """The batch of a pack whose tokens were read."""
+    failed = [sample_id for sample_id, _ in unreadable]
+    return PackedBatch(
+        tokens=tokens,
+        labels=torch.from_numpy(dataset.index.label[pack.sample_ids].astype(np.int64)),
+        layout=PackLayout.from_grids([(rows, columns) for rows, columns in pack.grids.tolist()]),
+        weights=torch.from_numpy(np.isin(pack.sample_ids, failed, invert=True).astype(np.float32)),
+        sample_ids=tuple(pack.sample_ids.tolist()),
+        flips=tuple(pack.flips.tolist()),
+        step=pack.step,
+        pack=pack.pack,
+        unreadable=unreadable,
+    )
+
+
+def read_with_retries(dataset: Dataset, sample_id: int, flipped: bool) -> np.ndarray:
+    """One latent (c, h, w) float16. UnreadableSample if it cannot be read after RETRY_DELAYS."""
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return read_latent(dataset.storage, dataset.index.ref(sample_id), dataset.manifest.channels, flipped)
+        except UnreadableSample:
+            if delay is None:
+                raise
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+class _PackReader(TorchDataset[tuple[Pack, Tensor, Unreadable]]):
+    """Reads the tokens of the pack that it is asked for.
+
+    Of the batch, only the tokens are made here: every tensor that leaves a worker costs a millisecond or so for the
+    passing of its file descriptor, more than the rest of the batch takes to make.
+    """
+
+    def __init__(self, dataset: Dataset, patch_size: int) -> None:
+        self.dataset, self.patch_size = dataset, patch_size
+
+    def __getitem__(self, pack: Pack) -> tuple[Pack, Tensor, Unreadable]:
+        return pack, *read_tokens(self.dataset, pack, self.patch_size)
+
+
+class _RankPacks(Sampler[Pack]):
+    """This rank's packs, in order, without end."""
+
+    def __init__(self, plan: Plan, state: PlanState, rank: int, world_size: int) -> None:
+        self.plan, self.state, self.rank, self.world_size = plan, state, rank, world_size
+
+    def __iter__(self) -> Iterator[Pack]:
+        state = self.state
+        while True:
+            packs, state = self.plan.step(state)
+            yield from self.plan.assign(packs, self.world_size)[self.rank]
+
+
+def _start_worker(worker: int) -> None:
+    """Workers read with one thread, and leave signals meant for the whole job (Ctrl-C, a scheduler's SIGTERM) to the
+    trainer, which may want to save a checkpoint. They end when the trainer ends them or is gone."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # multiprocessing ends its children by SIGTERM, and waits for them: obey it when it comes from the trainer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_sigterm_of(trainer: int) -> None:
+    """End this process at the first SIGTERM that `trainer` sends."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
