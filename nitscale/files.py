@@ -73,11 +73,16 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        path = path.resolve()
+        if path in _held_locks:
+            raise UserError(f"files: this process is already {purpose}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _held_locks.add(path)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A record lock belongs to this process alone; with flock, children that it forked would keep it alive.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(
                 f"files: another process (id {holder}) is {purpose}; wait for it to end, or stop it"
@@ -87,7 +92,12 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
+        _held_locks.discard(path)
         os.close(descriptor)
+
+
+_held_locks: set[Path] = set()
+"""Locks of this process: a record lock does not exclude a second holder in it, and closing any descriptor frees it."""
 
 
 def remove_leftovers(folder: Path) -> None:

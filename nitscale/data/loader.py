@@ -87,6 +87,11 @@ class PackLoader:
             yield replace(batch, data_wait_s=time.perf_counter() - started)
 
 
+def read_pack(dataset: Dataset, pack: Pack, patch_size: int) -> PackedBatch:
+    """Read one pack here and now."""
+    return make_batch(dataset, pack, *read_tokens(dataset, pack, patch_size))
+
+
 def read_tokens(dataset: Dataset, pack: Pack, patch_size: int) -> tuple[Tensor, Unreadable]:
     """The tokens of a pack's images end to end, (N, F) float32, zero where an image could not be read, and which those
     are."""
