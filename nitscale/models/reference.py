@@ -7,6 +7,7 @@ FiT's direction of time; docs/fidelity.md tells the rest.
 """
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,7 @@ FIT_DEFAULTS: dict[str, Any] = {
     "use_swiglu": False,
     "use_swiglu_large": False,
     "rel_pos_embed": "rope",
+    "abs_pos_embed": None,
     "norm_type": "layernorm",
     "q_norm": None,
     "k_norm": None,
@@ -103,10 +105,12 @@ ROPE_MODES = {
 def load_reference(family: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> PackedTransformer:
     """The model that the published code of `family` ("nit" or "fit") builds from these arguments and weights.
 
-    Tensors keep their dtype and are not copied where their layout allows. A NiT state without any `projector.*` gives a
-    model without projector. UserError for unknown arguments, and for keys that are missing, surplus or of another
-    shape, all of them listed.
+    Weights keep their dtype. A NiT state without any `projector.*` gives a model without projector. UserError for keys
+    that are missing, surplus or of another shape, all of them listed, and for options that are not supported.
     """
+    low_rank = state_dict.get("blocks.0.adaLN_modulation.2.weight")
+    if config.get("adaln_lora_dim") is None and low_rank is not None and low_rank.ndim == 2:
+        config = {**config, "adaln_lora_dim": low_rank.shape[1]}
     model_config = reference_config(family, config)
     if model_config.projector_width is not None and not any(key.startswith("projector.") for key in state_dict):
         model_config = replace(model_config, projector_width=None, feature_width=None)
@@ -149,7 +153,8 @@ def save_reference(model: PackedTransformer, gradients: bool = False) -> dict[st
 
 
 def reference_config(family: str, config: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of the published code's keyword arguments. UserError for an argument it does not know."""
+    """The `ModelConfig` of the published code's keyword arguments. Like theirs, it goes on without arguments that it does
+    not know; unlike theirs, it warns of them."""
     if family not in FAMILIES:
         raise UserError(f"reference weights: family={family!r} is unknown; choose one of {', '.join(FAMILIES)}")
     defaults = NIT_DEFAULTS if family == "nit" else FIT_DEFAULTS
@@ -157,8 +162,8 @@ def reference_config(family: str, config: Mapping[str, Any]) -> ModelConfig:
         if name not in defaults:
             nearest = difflib.get_close_matches(name, defaults, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"reference weights: {family} has no argument {name!r}{hint}")
-    arguments = {**defaults, **config}
+            warnings.warn(f"reference weights: {family} has no argument {name!r}, it is ignored{hint}", stacklevel=2)
+    arguments = {**defaults, **{name: value for name, value in config.items() if name in defaults}}
     return _nit_config(arguments) if family == "nit" else _fit_config(arguments)
 
 
@@ -182,6 +187,8 @@ def _nit_config(a: dict[str, Any]) -> ModelConfig:
 def _fit_config(a: dict[str, Any]) -> ModelConfig:
     if a["rel_pos_embed"] not in ("rope", "xpos"):
         raise UserError(f"reference weights: rel_pos_embed={a['rel_pos_embed']!r} is not supported; only 'rope' is")
+    if a["abs_pos_embed"] is not None:
+        raise UserError(f"reference weights: abs_pos_embed={a['abs_pos_embed']!r} is not supported; only None is")
     if a["learn_sigma"] and a["use_sit"]:
         raise UserError("reference weights: learn_sigma and use_sit exclude each other in FiT")
     if a["q_norm"] != a["k_norm"]:
@@ -202,7 +209,8 @@ def _fit_config(a: dict[str, Any]) -> ModelConfig:
         qkv_bias=a["qkv_bias"],
         prediction="velocity" if a["use_sit"] else "noise",
         learned_variance=a["learn_sigma"],
-        # The DDPM schedule's steps run 0 = data → T = noise in their code as in ours.
+        # The steps of the DDPM schedule run from data to noise in their code too, but from 0 to 999.
+        time_scale=1.0 if a["use_sit"] else 1000.0,
         time_direction="noise_to_data" if a["use_sit"] else "data_to_noise",
         time_shift=float(a["time_shifting"]),
         rope_theta=float(a["rope_theta"]),
@@ -284,13 +292,15 @@ class _Entry:
 
     def load(self, value: Tensor) -> Tensor:
         if self.form == "qkv":
-            return rearrange(value, "(three heads dim) ... -> (heads three dim) ...", three=3, heads=self.heads)
-        return value.flatten(1) if self.form == "patch" else value
+            value = rearrange(value, "(three heads dim) ... -> (heads three dim) ...", three=3, heads=self.heads)
+        value = value.flatten(1) if self.form == "patch" else value
+        return value.detach().clone(memory_format=torch.contiguous_format)
 
     def save(self, value: Tensor) -> Tensor:
         if self.form == "qkv":
-            return rearrange(value, "(heads three dim) ... -> (three heads dim) ...", three=3, heads=self.heads)
-        return value.unflatten(1, self.patch_shape) if self.form == "patch" else value
+            value = rearrange(value, "(heads three dim) ... -> (three heads dim) ...", three=3, heads=self.heads)
+        value = value.unflatten(1, self.patch_shape) if self.form == "patch" else value
+        return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _entries(config: ModelConfig) -> Iterator[_Entry]:

@@ -90,6 +90,8 @@ class ModelConfig:
     of the other direction (published FiTv2) see 1 - t, and their velocity changes its sign."""
     time_shift: float = 1.0
     """s of t → s t / (1 + (s - 1) t), applied to the time that the weights see (FiT's `time_shifting`)."""
+    time_scale: float = 1.0
+    """Factor on the time that the weights see: 1000 for the DDPM objective, whose weights see steps 0 to 999."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_order: str = "row_major"
@@ -183,8 +185,8 @@ class PackedTransformer(nn.Module):
 
         `tokens` (N, F) in the order (c p1 p2), at time `t` (n,), 0 = data, 1 = noise; `labels` (n,), with num_classes
         for the null class. With `return_features`, also the features after `feature_block` blocks: (N, D), or the
-        projector's (N, feature_width) if the model has one. Models of `prediction` noise take the step of their
-        schedule for t and return the noise, and the variance's features after it.
+        projector's (N, feature_width) if the model has one. Models of `prediction` noise return the noise, and with
+        `learned_variance` as many features for the variance after it: (N, 2 F).
         """
         config = self.config
         weight = self.patch_embedding.weight
@@ -244,8 +246,10 @@ class PackedTransformer(nn.Module):
             t = 1 - t
         if config.time_shift != 1.0:
             t = config.time_shift * t / (1 + (config.time_shift - 1) * t)
-        # An adaptive solver may look beyond the end of its interval; the published FiT code stops the clock at data.
-        return t.clamp(max=1.0) if config.time_direction == "noise_to_data" else t
+        if config.time_direction == "noise_to_data":
+            # A solver may look beyond the end of its interval; the published FiT code stops the clock at data.
+            t = t.clamp(max=1.0)
+        return t * config.time_scale
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
