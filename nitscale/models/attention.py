@@ -18,6 +18,8 @@ from torch import Tensor
 from nitscale.errors import UserError
 from nitscale.layout import PackLayout
 
+SHORT = 256
+"""Longest segment, in tokens, whose attention on a CPU is written out as two products and a softmax."""
 BACKENDS = ("auto", "sdpa_loop", "varlen", "flash_attn")
 
 
@@ -77,9 +79,19 @@ def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float
     outputs = []
     for (_, count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         batch_q, batch_k, batch_v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
+        softmax_attention = _short_attention if length <= SHORT and not q.is_cuda else F.scaled_dot_product_attention
+        attended = softmax_attention(batch_q, batch_k, batch_v, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _short_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """scaled_dot_product_attention of (images, heads, length, head_dim), written out. torch's fused kernel for CPUs
+    slows down 15-fold on short sequences once `torch.set_float32_matmul_precision` is "medium" (torch 2.13)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    images_and_heads = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q * scale, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, images_and_heads)
 
 
 @cache
