@@ -11,6 +11,9 @@ import torch
 from data_prep.encode import encode_folder
 from data_prep.pipeline import EncodeConfig
 from nitscale.demo.shapes import draw_folder
+from nitscale.train.engine import start_process
+from nitscale.train.loop import run_training
+from tests.train.tiny import tiny_run
 
 torch.set_num_threads(1)
 
@@ -22,3 +25,11 @@ def shapes_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_folder(folder / "images", 64, (32, 79), 2.0, "tests")
     encode_folder(folder / "images", folder / "latents", EncodeConfig(shard_samples=16), progress=False)
     return folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, shapes_dataset: Path) -> Path:
+    """The folder of a finished run of a tiny model on `shapes_dataset`."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_training(tiny_run(folder, shapes_dataset), start_process())
+    return folder

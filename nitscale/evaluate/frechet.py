@@ -13,13 +13,14 @@ POOLED = 2
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½) of features (n₁, d) and (n₂, d), in float64."""
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
     # tr (C₁ C₂)^½ = Σ √λ of the symmetric C₁^½ C₂ C₁^½, which has the same eigenvalues.
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    return float(mean + cov_a.trace() + cov_b.trace() - 2 * cross)
+    # The root of a singular product is known to about 1e-7 of the traces, on either side.
+    return max(float(mean + cov_a.trace() + cov_b.trace() - 2 * cross), 0.0)
 
 
 def latent_features(latents: Iterable[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nitscale.config import to_yaml
-from nitscale.data.manifest import load_dataset
 from nitscale.data.loader import read_pack
+from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Plan
 from nitscale.errors import UserError
 from nitscale.models.transformer import PackedTransformer
@@ -156,9 +156,9 @@ def test_resuming_with_other_data_parameters_is_refused_with_the_differing_field
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused(shapes_dataset, tmp_path):
-    with pytest.raises(UserError, match="in_channels=16.* 32 channels"):
+    with pytest.raises(UserError, match=r"in_channels=16.* 32 channels"):
         train(tiny_run(tmp_path, shapes_dataset, "model.in_channels=16"))
-    with pytest.raises(UserError, match="num_classes=3.* 8 classes"):
+    with pytest.raises(UserError, match=r"num_classes=3.* 8 classes"):
         train(tiny_run(tmp_path, shapes_dataset, "model.num_classes=3"))
 
 
