@@ -1,4 +1,4 @@
-"""The published models, one row each. `preset("nit-xl")` is a `ModelConfig`; change a field with `preset(name, depth=2)`.
+"""The published models, one row each: `preset("nit-xl")` is a `ModelConfig`, `preset("nit-xl", depth=9)` changes it.
 
 The architectures are those of the published configurations, parameter for parameter; positions and time are ours
 (docs/fidelity.md). Weights published for them are read by `nitscale.models.reference`.

@@ -152,9 +152,16 @@ def save_reference(model: PackedTransformer, gradients: bool = False) -> dict[st
     return saved
 
 
+def published_conventions(config: ModelConfig) -> ModelConfig:
+    """The configuration with the coordinates and the direction of time that its published weights were trained with."""
+    if config.published_as == "nit":
+        return replace(config, rope_order="reference")
+    return replace(config, time_direction="noise_to_data" if config.prediction == "velocity" else "data_to_noise")
+
+
 def reference_config(family: str, config: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of the published code's keyword arguments. Like theirs, it goes on without arguments that it does
-    not know; unlike theirs, it warns of them."""
+    """The `ModelConfig` of the published code's keyword arguments. Arguments that the code does not know are ignored,
+    as by the code itself, but with a warning."""
     if family not in FAMILIES:
         raise UserError(f"reference weights: family={family!r} is unknown; choose one of {', '.join(FAMILIES)}")
     defaults = NIT_DEFAULTS if family == "nit" else FIT_DEFAULTS
