@@ -78,7 +78,8 @@ def ddpm_loss(
     errors = squared_error(output[:, :features], noise)
     if output.shape[1] == 2 * features:
         x = add_noise(data, noise, steps, layout, schedule)
-        errors = errors + variational_bound(output[:, :features].detach(), output[:, features:], x, data, steps, layout)
+        predicted, variance = output[:, :features].detach(), output[:, features:]
+        errors = errors + variational_bound(predicted, variance, x, data, steps, layout, schedule)
     elif output.shape[1] != features:
         raise UserError(f"ddpm: the model gave {output.shape[1]} features; {features} or {2 * features} are needed")
     return reduce_tokens(errors, layout, weights, total, per)
@@ -151,4 +152,5 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    # the published code's approximation by tanh, and not erf
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

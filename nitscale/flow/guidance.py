@@ -34,8 +34,9 @@ class Guidance:
 
     scale: float = 1.0
     """s; 1 is no guidance."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Times (low, high), both included, between which the image is guided; 0 = data, 1 = noise."""
+    interval: tuple[float, float] = (0.0, math.inf)
+    """Times (low, high), both included, between which the image is guided; 0 = data. A solver that looks beyond the
+    data is taken to be at it."""
     channels: int | None = None
     """Guide only the first so many latent channels (3 of 4 in the published FiT code); all if not given."""
     power: float = 0.0
@@ -58,7 +59,7 @@ class Guidance:
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * min(max(t, 0.0), 1.0) ** self.power)) / 2
 
     def is_active(self, t: float) -> bool:
-        return self.scale != 1.0 and self.interval[0] <= t <= self.interval[1]
+        return self.scale != 1.0 and self.interval[0] <= max(t, 0.0) <= self.interval[1]
 
 
 class GuidedVelocity:
