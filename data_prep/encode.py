@@ -110,7 +110,7 @@ def encode_folder(
     ):
         warnings.filterwarnings("ignore", module="PIL")  # what matters becomes an error, see images.py
         try:
-            codec = prepare_recipe(storage, folder, config, codec, ordered[: config.fit_images], pool)
+            codec = prepare_recipe(storage, folder, config, codec, ordered, pool)
             codec = codec.to(device)
             job = EncodeJob(storage, folder, config, codec, device, pool)
             commits, reused = job.run(ordered, progress)
@@ -228,7 +228,7 @@ def prepare_recipe(
     folder: ImageFolder,
     config: EncodeConfig,
     codec: Codec | None,
-    fit_sources: list[ImageSource],
+    ordered: list[ImageSource],
     pool: ThreadPoolExecutor,
 ) -> Codec:
     """The codec to encode with. Records what the dataset is made from, or checks that it is what was recorded before.
@@ -249,7 +249,7 @@ def prepare_recipe(
             raise UserError(
                 f"encode: {storage.prefix} already holds a dataset of another origin; choose another output"
             )
-        codec = codec or fit_dct(fit_sources, config, pool)
+        codec = codec or fit_dct(ordered, config, pool)
         storage.write(RECIPE, to_json(recipe | {"codec": codec.spec()}))
         return codec
     now, before = flatten(recipe), flatten({name: earlier.get(name) for name in recipe})

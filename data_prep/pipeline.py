@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from data_prep.images import UnreadableImage, decode_image
 from data_prep.resize import native_size, resize
 from data_prep.sources import ImageSource
 from nitscale.autoencoders import Codec, DCTCodec
+from nitscale.errors import UserError
 
 WINDOW_PIXELS = 2**25
 """Pixels of the images among which equal sizes are sought: 96 MiB of 8-bit RGB."""
@@ -175,10 +177,22 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def fit_dct(sources: Iterable[ImageSource], config: EncodeConfig, pool: ThreadPoolExecutor) -> DCTCodec:
-    """The DCT codec of the config, standardised on the readable ones of `sources`. UserError if there are none."""
-    prepared = prepare_images(sources, config.factor, config, pool)
-    images = (to_float(torch.from_numpy(item.pixels[None].copy())) for item in prepared if isinstance(item, Prepared))
-    return DCTCodec(config.factor, config.channels).fit(images)
+    """The DCT codec of the config, standardised on the first readable ones of `sources`. UserError if there is none."""
+    failures: list[Failure] = []
+
+    def readable() -> Iterator[Tensor]:
+        for item in prepare_images(sources, config.factor, config, pool):
+            if isinstance(item, Prepared):
+                yield to_float(torch.from_numpy(item.pixels[None].copy()))
+            else:
+                failures.append(item)
+
+    images = readable()
+    codec = DCTCodec(config.factor, config.channels)
+    if (first := next(images, None)) is None:
+        reasons = "; ".join(f"{failure.source}: {failure.reason}" for failure in failures[:3])
+        raise UserError(f"encode: none of the {len(failures):,} images can be used ({reasons})")
+    return codec.fit(chain([first], islice(images, config.fit_images - 1)))
 
 
 @contextmanager

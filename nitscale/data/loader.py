@@ -5,14 +5,16 @@ return batches in the plan's order, whatever the number of workers. A sample tha
 zero tokens and weight 0, so that shapes and order never move.
 """
 
+import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from typing import TypeAlias
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +34,11 @@ PREFETCHED_PACKS = 4
 
 Unreadable: TypeAlias = tuple[tuple[int, str], ...]
 """(sample id, reason) of the images of a pack that could not be read."""
+Item: TypeAlias = tuple[Pack, Tensor, Unreadable]
+"""What a worker makes of a pack: the tokens of its images, (N, F) float32."""
+
+TRAINERS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+"""Signals that worker processes do not act on, unless the trainer sends them."""
 
 
 class WorkerDied(RuntimeError):
@@ -57,6 +64,7 @@ class PackLoader:
         self._loader = DataLoader(
             _PackReader(dataset, plan.config.patch_size),
             batch_size=None,
+            collate_fn=_as_it_is,
             sampler=_RankPacks(plan, state, rank, world_size),
             num_workers=workers,
             pin_memory=pin_memory,
@@ -70,21 +78,56 @@ class PackLoader:
         Each batch carries the seconds that the caller waited for it. WorkerDied if a worker process ends; close the
         iterator to end the workers.
         """
-        batches = iter(self._loader)
+        batches, workers = start_workers(self._loader)
         while True:
             started = time.perf_counter()
             try:
                 pack, tokens, unreadable = next(batches)
-            except RuntimeError as error:
-                if found := re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)(.*)", str(error)):
+            except (RuntimeError, OSError, EOFError) as error:
+                # What a worker had to hand over when it died can fail in any of these ways.
+                if dead := [f"{worker.pid} ({describe_exit(worker)})" for worker in ended(workers)]:
                     raise WorkerDied(
-                        f"loader: worker process {found[1]}{found[2]} (out of memory, if nobody ended it: "
-                        "lower data.workers); run again to continue from the last checkpoint"
+                        f"loader: worker process {', '.join(dead)} ended by itself; "
+                        "if memory ran out, lower data.workers; run again to continue from the last checkpoint"
                     ) from error
                 raise
             batch = make_batch(self._dataset, pack, tokens, unreadable)
             batch = batch.pin_memory() if self._pin_memory else batch
             yield replace(batch, data_wait_s=time.perf_counter() - started)
+
+
+def start_workers(loader: DataLoader[Item]) -> tuple[Iterator[Item], list[BaseProcess]]:
+    """Begin to iterate; also the worker processes. Without the handler by which torch (2.13) notices a dead worker.
+
+    It raises wherever the trainer happens to be, in the middle of a checkpoint say, and again with every other child
+    that ends. Without it the death is noticed within five seconds of waiting for the worker, and nowhere else.
+    """
+    others = set(multiprocessing.active_children())
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # workers inherit it, from their first moment
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+    return batches, sorted(set(multiprocessing.active_children()) - others, key=lambda worker: worker.name)
+
+
+def ended(workers: list[BaseProcess]) -> list[BaseProcess]:
+    """The workers that are dead or dying; waits a second for the first one, because a process's end takes a moment."""
+    dying = wait_for_any([worker.sentinel for worker in workers], timeout=1)
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join(timeout=1)
+    return [worker for worker in workers if not worker.is_alive()]
+
+
+def describe_exit(process: BaseProcess) -> str:
+    """How a process ended, in words."""
+    code = process.exitcode or 0
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def read_pack(dataset: Dataset, pack: Pack, patch_size: int) -> PackedBatch:
@@ -137,7 +180,7 @@ def read_with_retries(dataset: Dataset, sample_id: int, flipped: bool) -> np.nda
     raise AssertionError("unreachable")
 
 
-class _PackReader(TorchDataset[tuple[Pack, Tensor, Unreadable]]):
+class _PackReader(TorchDataset[Item]):
     """Reads the tokens of the pack that it is asked for.
 
     Of the batch, only the tokens are made here: every tensor that leaves a worker costs a millisecond or so for the
@@ -147,7 +190,7 @@ class _PackReader(TorchDataset[tuple[Pack, Tensor, Unreadable]]):
     def __init__(self, dataset: Dataset, patch_size: int) -> None:
         self.dataset, self.patch_size = dataset, patch_size
 
-    def __getitem__(self, pack: Pack) -> tuple[Pack, Tensor, Unreadable]:
+    def __getitem__(self, pack: Pack) -> Item:
         return pack, *read_tokens(self.dataset, pack, self.patch_size)
 
 
@@ -164,13 +207,16 @@ class _RankPacks(Sampler[Pack]):
             yield from self.plan.assign(packs, self.world_size)[self.rank]
 
 
+def _as_it_is(item: Any) -> Any:
+    """Instead of the default, which turns tuples into lists."""
+    return item
+
+
 def _start_worker(worker: int) -> None:
-    """Workers read with one thread, and leave signals meant for the whole job (Ctrl-C, a scheduler's SIGTERM) to the
-    trainer, which may want to save a checkpoint. They end when the trainer ends them or is gone."""
+    """Workers read with one thread. They leave Ctrl-C and a scheduler's SIGTERM, which go to all processes of a job, to
+    the trainer, which may want to save a checkpoint; they end when the trainer ends them or is gone."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # multiprocessing ends its children by SIGTERM, and waits for them: obey it when it comes from the trainer.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # multiprocessing ends its children by SIGTERM, and then waits for them: obey it when it comes from the trainer.
     threading.Thread(target=_obey_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
