@@ -7,7 +7,6 @@ Backends, chosen by `auto`:
   anywhere. Sort a pack by `group_by_length` first: eleven images of one size are then one call and not eleven.
 """
 
-import inspect
 from functools import cache
 from typing import Any
 
@@ -32,7 +31,7 @@ def attend(
         return _sdpa_loop(q, k, v, layout, scale)
     lengths = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
     if backend == "varlen":
-        return _varlen()(q, k, v, *lengths, **_varlen_options(), **({} if scale is None else {"scale": scale}))
+        return _varlen()(q, k, v, *lengths, **({} if scale is None else {"scale": scale}))
     return _flash_attn()(q, k, v, *lengths, softmax_scale=scale)
 
 
@@ -101,12 +100,6 @@ def _varlen() -> Any:
     except ImportError:
         return None
     return varlen_attn
-
-
-@cache
-def _varlen_options() -> dict[str, int]:
-    # Without num_splits=1 the order of summation, and so the last bits, depend on the longest image of the pack.
-    return {"num_splits": 1} if "num_splits" in inspect.signature(_varlen()).parameters else {}
 
 
 @cache
