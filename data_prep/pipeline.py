@@ -44,7 +44,8 @@ class EncodeConfig:
     max_aspect_ratio: float = 64.0
     """Images longer than this in relation to their short side are skipped."""
     max_input_pixels: int = 89_478_485
-    """Larger images are skipped before they are decoded: they may be decompression bombs."""
+    """Larger images are skipped before they are decoded: they may be decompression bombs. Pillow's own limit is twice
+    the default."""
     shard_samples: int = 2048
     """Images of one shard."""
     fit_images: int = 512

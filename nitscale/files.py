@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from nitscale.errors import UserError
 
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Lustre and some others are often mounted without support for locks."""
 NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
@@ -87,6 +90,12 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
             raise UserError(
                 f"files: another process (id {holder}) is {purpose}; wait for it to end, or stop it"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{path.parent} lies on a file system without locks: take care not to run twice", stacklevel=3
+            )
         with suppress(OSError):  # a full disk must not prevent a lock; the id is only for the message
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -140,5 +149,8 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)

@@ -106,3 +106,12 @@ def test_a_process_cannot_take_a_lock_twice_but_again_after_it_let_go(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
     with exclusive_lock(tmp_path / "lock", "encoding"):
         pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    with pytest.warns(UserWarning, match="without locks"), exclusive_lock(tmp_path / "lock", "encoding"):
+        pass

@@ -5,6 +5,7 @@ return batches in the plan's order, whatever the number of workers. A sample tha
 zero tokens and weight 0, so that shapes and order never move.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,7 @@ class PackLoader:
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=PREFETCHED_PACKS if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, trainer=os.getpid()),
         )
 
     def __iter__(self) -> Generator[PackedBatch]:
@@ -105,7 +106,7 @@ def start_workers(loader: DataLoader[Item]) -> tuple[Iterator[Item], list[BasePr
     others = set(multiprocessing.active_children())
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # workers inherit it, from their first moment
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # forked workers inherit it
     try:
         batches = iter(loader)
     finally:
@@ -212,12 +213,13 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, trainer: int) -> None:
     """Workers read with one thread. They leave Ctrl-C and a scheduler's SIGTERM, which go to all processes of a job, to
     the trainer, which may want to save a checkpoint; they end when the trainer ends them or is gone."""
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)
     # multiprocessing ends its children by SIGTERM, and then waits for them: obey it when it comes from the trainer.
-    threading.Thread(target=_obey_sigterm_of, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_obey_sigterm_of, args=(trainer,), daemon=True).start()
 
 
 def _obey_sigterm_of(trainer: int) -> None:

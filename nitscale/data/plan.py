@@ -8,6 +8,7 @@ a walk through the epochs. Nothing depends on the number of processes or workers
 """
 
 import hashlib
+import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -133,12 +134,12 @@ class Plan:
                 f"use one of {', '.join(map(str, sizes))} ranks, or another train.packs_per_step in a new run"
             )
         ranks: list[list[Pack]] = [[] for _ in range(world_size)]
-        loads = [0] * world_size
+        lightest = [(0, rank) for rank in range(world_size)]  # a heap of (load, rank) of the ranks that are not full
         for pack in sorted(packs, key=lambda pack: (-pack.cost, pack.pack)):
-            open_ranks = [rank for rank in range(world_size) if len(ranks[rank]) < len(packs) // world_size]
-            lightest = min(open_ranks, key=lambda rank: loads[rank])
-            ranks[lightest].append(pack)
-            loads[lightest] += pack.cost
+            load, rank = heapq.heappop(lightest)
+            ranks[rank].append(pack)
+            if len(ranks[rank]) < len(packs) // world_size:
+                heapq.heappush(lightest, (load + pack.cost, rank))
         return ranks
 
     def describe(self) -> dict[str, Any]:

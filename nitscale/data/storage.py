@@ -5,6 +5,7 @@ The interface is small on purpose, so that an object store fits behind it. This 
 
 import errno
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -51,7 +52,7 @@ class Storage(Protocol):
 def open_storage(prefix: str | Path) -> Storage:
     """The storage behind `prefix`, a folder. UserError for schemes that this build does not read."""
     text = str(prefix)
-    if "://" in text:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # one slash will do: a Path swallows the other
         raise UserError(
             f"storage: this build reads local folders only, got {text!r}; "
             "copy the dataset to a local folder and name that"

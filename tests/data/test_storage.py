@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -61,9 +62,10 @@ def test_a_name_that_leads_out_of_the_prefix_is_refused(storage, name):
         storage.read(name)
 
 
-def test_object_stores_are_refused_with_the_way_out():
-    with pytest.raises(UserError, match=r"local folders only, got 's3://bucket/set'; copy"):
-        open_storage("s3://bucket/set")
+@pytest.mark.parametrize("prefix", ["s3://bucket/set", Path("s3://bucket/set"), "gs://bucket"])
+def test_object_stores_are_refused_with_the_way_out(prefix):
+    with pytest.raises(UserError, match=r"local folders only, got '.*bucket.*'; copy"):
+        open_storage(prefix)
 
 
 def test_few_files_stay_open_and_reading_goes_on(storage, monkeypatch):
