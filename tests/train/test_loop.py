@@ -170,7 +170,7 @@ def test_a_token_budget_smaller_than_an_image_is_refused_by_name(shapes_dataset,
 def test_two_trainings_at_once_in_one_folder_are_refused(undisturbed, shapes_dataset):
     from nitscale.files import exclusive_lock
 
-    with exclusive_lock(undisturbed / ".lock", "training"), pytest.raises(UserError, match="another process"):
+    with exclusive_lock(undisturbed / ".lock", "training"), pytest.raises(UserError, match="already training"):
         train(tiny_run(undisturbed, shapes_dataset))
 
 
