@@ -133,6 +133,45 @@ def evaluate(
     print(evaluate_folder(samples, data))
 
 
+checkpoints = typer.Typer(help="Weights in and out: import, export, verify.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoint")
+
+
+@checkpoints.command(
+    "import", epilog="Example: nitscale checkpoint import nit_xl.safetensors --preset nit-xl --out nit-xl"
+)
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="Published weights: .safetensors, .bin, .pt or .pth.")],
+    preset: Annotated[str, typer.Option(help="The published model: nit-xl, fitv2-3b, …")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+) -> None:
+    """Take in published weights. Missing, surplus and misshapen tensors are an error that lists them."""
+    from nitscale.train.exchange import import_checkpoint
+
+    print(import_checkpoint(file, preset, out))
+
+
+@checkpoints.command("export", epilog="Example: nitscale checkpoint export runs/nit_xl nit_xl.safetensors")
+def export_weights(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    file: Annotated[Path, typer.Argument(help="File to write: .safetensors, .bin, .pt or .pth.")],
+) -> None:
+    """Write the averaged weights under the published code's names."""
+    from nitscale.train.exchange import export_checkpoint
+
+    print(export_checkpoint(checkpoint, file))
+
+
+@checkpoints.command(epilog="Example: nitscale checkpoint verify runs/nit_xl")
+def verify(checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]) -> None:
+    """Check every file of a checkpoint against its manifest."""
+    from nitscale.train.checkpoint import find_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    found.verify()
+    print(f"checkpoint: {found.folder} is whole")
+
+
 def build_sampler(kind: Any, *, interval: str, **values: Any) -> Any:
     """A SamplerConfig from command-line values; what it refuses becomes a UserError."""
     from nitscale.config import build

@@ -6,27 +6,29 @@ beyond, which is shown without a claim.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_prep.sources import ImageFolder, find_images
 from nitscale.data.manifest import Dataset
 from nitscale.demo.classifier import classify
 from nitscale.demo.shapes import CLASSES
 from nitscale.evaluate.frechet import frechet_distance, latent_features
-from nitscale.evaluate.job import dataset_latents
+from nitscale.evaluate.job import dataset_latents, read_image
 from nitscale.generate.load import TrainedModel
 from nitscale.generate.sample import SamplerConfig, SampleRequest, sample_images
 from nitscale.layout import Grid
 from nitscale.randomness import torch_generator
 
 SIZES: dict[str, list[Grid]] = {
-    "trained": [(64, 64), (96, 96), (48, 80), (80, 48), (64, 96)],
-    "unseen": [(112, 112), (128, 128), (144, 144), (96, 144), (144, 96), (48, 128)],
-    "beyond": [(192, 192), (64, 224)],
+    "trained": [(64, 64), (96, 96), (128, 128), (160, 160), (64, 128), (128, 64), (160, 96), (96, 128)],
+    "unseen": [(192, 192), (224, 224), (160, 224), (224, 160), (64, 192), (192, 64)],
+    "beyond": [(288, 288), (64, 288)],
 }
-"""(height, width) in pixels. Trained on: sides of 48 to 96, ratios to 2. Unseen: sides to 144, ratios to 3."""
+"""(height, width) in pixels. Trained on: sides of 64 to 160, ratios to 2. Unseen: sides to 224, ratios to 3."""
 IMAGES_A_CLASS = {"trained": 8, "unseen": 5, "beyond": 1}
 MOST_CLASSES = 16
 """Classes that are sampled, where a user's own photos have more."""
@@ -95,10 +97,12 @@ class Judgement:
 GROUP_TITLES = {"trained": "sizes trained on", "unseen": "sizes never trained on", "beyond": "far beyond (no claim)"}
 
 
-def judge(trained: TrainedModel, heldout: Dataset, is_builtin: bool) -> Judgement:
-    """Sample every size and class with guidance, all sizes mixed in packs, and judge the pictures."""
+def judge(trained: TrainedModel, heldout: Dataset, pictures: Path | None) -> Judgement:
+    """Sample every size and class with guidance, all sizes mixed in packs, and judge the pictures.
+
+    `pictures` is the folder of the built-in set's held-out pictures; None where the classes are the user's own."""
     judgement = Judgement(trained.classes, trained.step)
-    judgement.groups = SIZES if is_builtin else own_sizes(heldout, trained.codec.factor)
+    judgement.groups = SIZES if pictures is not None else own_sizes(heldout, trained.codec.factor)
     classes = range(min(len(trained.classes), MOST_CLASSES))
     requests = [
         SampleRequest(*size, label, seed)
@@ -118,8 +122,8 @@ def judge(trained: TrainedModel, heldout: Dataset, is_builtin: bool) -> Judgemen
     judgement.real_images = len(real_latents)
     decoded = [trained.codec.decode(z[None].to(trained.device))[0].clamp(-1, 1).cpu() for z in real_latents]
     judgement.real = [decoded[labels.index(label)] for label in classes if label in labels]
-    if is_builtin:
-        judge_classes(judgement, decoded, labels)
+    if pictures is not None:
+        judge_classes(judgement, find_images(pictures))
 
     trained_sizes = set(judgement.groups["trained"])
     comparable = [i for i, r in enumerate(requests) if (r.height, r.width) in trained_sizes]
@@ -130,10 +134,11 @@ def judge(trained: TrainedModel, heldout: Dataset, is_builtin: bool) -> Judgemen
     return judgement
 
 
-def judge_classes(judgement: Judgement, real: list[Tensor], real_labels: list[int]) -> None:
-    """Agreement of the classifier with the class that was asked for, by size and by class, and its accuracy."""
-    assert tuple(judgement.classes) == CLASSES
-    right_on_real = [classify(image)[0] == label for image, label in zip(real, real_labels, strict=True)]
+def judge_classes(judgement: Judgement, real: ImageFolder) -> None:
+    """Agreement of the classifier with the class that was asked for, by size and by class, and its accuracy on the
+    files of real pictures."""
+    assert tuple(judgement.classes) == CLASSES == real.classes
+    right_on_real = [classify(read_image(image.path))[0] == image.label for image in real.images]
     judgement.classifier_on_real = sum(right_on_real) / len(right_on_real)
     by_size: dict[Grid, list[bool]] = {}
     by_class: dict[str, list[bool]] = {}

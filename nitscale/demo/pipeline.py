@@ -38,10 +38,12 @@ from nitscale.train.config import RunConfig
 from nitscale.train.metrics import machine
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-TRAINED_SIDES = (48, 111)
-"""Pixels of the sides of the built-in pictures that are trained on: latents of 3 to 6 cells a side."""
+TRAINED_SIDES = (64, 191)
+"""Pixels of the sides of the built-in pictures that are trained on: latents of 2 to 5 cells a side."""
 LARGEST_RATIO = 2.0
-PICTURES = 4000
+FACTOR = 32
+CHANNELS = 48
+PICTURES = 3200
 HELD_OUT = 400
 FEWEST_HELD_OUT = 20
 CALIBRATION_STEPS = 60
@@ -80,7 +82,9 @@ def run_demo(demo: DemoConfig) -> None:
             say("sampling with guidance, then judging against real images never trained on")
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             trained = load_trained(demo.out / "train", device)
-            judgement = judge(trained, held_out_images(demo), is_builtin=demo.images is None)
+            judgement = judge(
+                trained, held_out_images(demo), demo.out / "heldout_images" if demo.images is None else None
+            )
         finish(demo, judgement, spent, time.perf_counter() - began)
 
 
@@ -113,8 +117,8 @@ def split_photos(demo: DemoConfig) -> Path:
 
 def encode_all(demo: DemoConfig, images: Path) -> None:
     """Latent shards of the images to train on, and of those held out, with the same codec."""
-    say("encoding to latent shards with the DCT codec: 16 x 16 pixels become one token of 32 numbers")
-    config = EncodeConfig(max_tokens=64 if demo.images else 4096, shard_samples=1024)
+    say(f"encoding to latent shards: {FACTOR} x {FACTOR} pixels become one token of {CHANNELS} numbers")
+    config = EncodeConfig(factor=FACTOR, channels=CHANNELS, max_tokens=64 if demo.images else 4096, shard_samples=1024)
     report = encode_folder(images, demo.out / "latents", config)
     print(report.summary())
     if (demo.out / "heldout_images").exists():

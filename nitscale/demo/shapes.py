@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nitscale.files import atomic_write
 from nitscale.randomness import key_digest
 
-SUPERSAMPLING = 3
+SUPERSAMPLING = 2
 """Points a pixel side at which a layout's edge is drawn."""
 LUMA = np.array([0.299, 0.587, 0.114])
 STRIPES = 5

@@ -42,9 +42,15 @@ def dataset_latents(dataset: Dataset, limit: int | None = None) -> list[Tensor]:
 
 def image_latent(path: Path, codec: Codec) -> Tensor:
     """The latent (c, h, w) of an image file whose sides are multiples of the codec's factor."""
-    with Image.open(path) as file:
-        pixels = torch.from_numpy(np.array(file.convert("RGB")))
-    height, width = pixels.shape[:2]
+    image = read_image(path)
+    height, width = image.shape[1:]
     if height % codec.factor or width % codec.factor:
         raise UserError(f"evaluate: {path} is {height}x{width}; sides must be multiples of {codec.factor} pixels")
-    return codec.encode(rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w"))[0]
+    return codec.encode(image[None])[0]
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file → (3, H, W) in [-1, 1]."""
+    with Image.open(path) as file:
+        pixels = torch.from_numpy(np.array(file.convert("RGB")))
+    return rearrange(pixels.float() / 127.5 - 1, "h w c -> c h w")

@@ -1,16 +1,14 @@
-"""A trained model for sampling: the averaged weights of a checkpoint and the codec of the data it was trained on."""
+"""A trained model for sampling: the averaged weights of a checkpoint, its classes, and the codec of its data."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nitscale.autoencoders import Codec
-from nitscale.config import load_config
-from nitscale.data.manifest import load_dataset
-from nitscale.models.transformer import PackedTransformer
+from nitscale.autoencoders import Codec, codec_from_spec
+from nitscale.config import build
+from nitscale.models.transformer import ModelConfig, PackedTransformer
 from nitscale.train.checkpoint import find_checkpoint
-from nitscale.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -19,21 +17,20 @@ class TrainedModel:
     codec: Codec
     classes: list[str]
     step: int
-    config: RunConfig
     device: torch.device
 
 
 def load_trained(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
     """The averaged model of a checkpoint, or of the newest one of a run folder, verified before use.
 
-    UserError if there is none, a file is damaged, or the data set with the codec is gone.
+    UserError if there is none, a file is damaged, or this build does not have the codec.
     """
     checkpoint = find_checkpoint(path)
     checkpoint.verify()
-    config = load_config(RunConfig, checkpoint.folder / "config.yaml")
-    dataset = load_dataset(config.data.path)
-    model = PackedTransformer(config.model)
-    model.load_state_dict(checkpoint.ema())
+    about = checkpoint.model()
+    codec = codec_from_spec(about["codec"])
+    with torch.device("meta"):
+        model = PackedTransformer(build(ModelConfig, about["model"], "model", {}))
+    model.load_state_dict(checkpoint.ema(), assign=True)
     model.to(device).eval()
-    codec = dataset.codec().to(device)
-    return TrainedModel(model, codec, dataset.manifest.classes, checkpoint.step, config, torch.device(device))
+    return TrainedModel(model, codec.to(device), about["classes"], checkpoint.step, torch.device(device))

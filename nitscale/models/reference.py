@@ -142,7 +142,11 @@ def load_weights(model: PackedTransformer, state_dict: Mapping[str, Tensor]) -> 
 
 def save_reference(model: PackedTransformer, gradients: bool = False) -> dict[str, Tensor]:
     """The weights under the published names, shapes and order. With `gradients`, those of the weights instead, without
-    the parameters that have none."""
+    the parameters that have none. UserError for a model that the published code does not have."""
+    if model.config.absolute_positions != "none":
+        raise UserError(
+            "reference weights: the published models have absolute_positions='none'; there is no name for it"
+        )
     parameters = dict(model.named_parameters())
     saved = {}
     for entry in _entries(model.config):

@@ -31,6 +31,7 @@ CHOICES = {
     "qk_norm": ("none", "plain", "weight", "affine", "rms"),
     "prediction": ("velocity", "noise"),
     "time_direction": ("data_to_noise", "noise_to_data"),
+    "absolute_positions": ("none", "fractional"),
     "rope_order": ORDERS,
     "rope_extrapolation": EXTRAPOLATIONS,
     "rope_magnitude": MAGNITUDES,
@@ -109,6 +110,9 @@ class ModelConfig:
     """none, mscale, proportion1, proportion2 or attention_scale: factor on the logits of larger images."""
     rope_test_grid: tuple[int, int] | None = None
     """Grid (rows, columns) that sets the rescaling of all images; by default each image's own."""
+    absolute_positions: str = "none"
+    """What the patch embedding adds beside RoPE. none: nothing (NiT, FiTv2); fractional: where the token's cell lies in
+    its image, as a share of the sides (NaViT, arXiv 2307.06304 §2.1), with which small models find layouts sooner."""
     feature_block: int | None = None
     """Features for REPA are taken after this many blocks."""
     projector_width: int | None = None
@@ -167,6 +171,7 @@ class PackedTransformer(nn.Module):
         """Recompute each block in backward instead of keeping its activations."""
         width = config.width
         self.patch_embedding = Linear(config.token_features, width)
+        self.position_embedding = FractionalPositions(width) if config.absolute_positions == "fractional" else None
         self.time_embedding = TimeEmbedding(width)
         self.label_embedding = Embedding(config.num_classes + config.null_class, width)
         self.global_adaln = Linear(width, 6 * width, config.adaln_bias) if config.adaln == "lora+global" else None
@@ -191,6 +196,8 @@ class PackedTransformer(nn.Module):
         config = self.config
         weight = self.patch_embedding.weight
         x = self.patch_embedding(tokens.to(weight.dtype))
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(layout)
         condition = self.time_embedding(self._reference_time(t)) + self.label_embedding(labels)
 
         # Equal lengths side by side make the loop of attention calls short; other backends take any order.
@@ -404,6 +411,23 @@ class TimeEmbedding(nn.Module):
         angles = t[:, None].float() * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.out(F.silu(self.up(sinusoids.to(self.up.weight.dtype))))
+
+
+class FractionalPositions(nn.Module):
+    """A token's cell in its image → (N, D): sinusoids of its centre and of its extent, both as shares of the sides."""
+
+    OCTAVES = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = Linear(8 * self.OCTAVES, width)
+
+    def forward(self, layout: PackLayout) -> Tensor:
+        extent = 1 / layout.grids[layout.segment_ids].float()
+        cell = torch.cat([(layout.positions + 0.5) * extent, extent], dim=-1)
+        angles = math.pi * cell[:, :, None] * 2.0 ** torch.arange(self.OCTAVES, device=cell.device)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)
+        return self.out(sinusoids.to(self.out.weight.dtype))
 
 
 class Projector(nn.Module):

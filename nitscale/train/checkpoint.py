@@ -8,8 +8,11 @@ published checkpoint whose manifest holds. A failed load deletes nothing.
         manifest.json        format, step, world size, ZeRO stage, sha256 and bytes of every file
         state.json           step, tokens, images, data digest, the plan's cursors
         config.yaml          the run's configuration
-        ema.safetensors      averaged weights, fp32, whole: what sampling and export read
+        ema.safetensors      averaged weights, fp32, whole
+        model.json           model configuration, codec and classes: with ema.safetensors all that sampling needs
         engine/              DeepSpeed's files: weights and optimizer state of every rank
+
+Imported weights are a folder of the same kind without `engine/`, `state.json` and `config.yaml`.
 """
 
 import hashlib
@@ -41,15 +44,17 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        match = NAME.fullmatch(self.folder.name)
-        assert match is not None
-        return int(match[1])
+        return int(self.manifest()["step"])
 
     def manifest(self) -> dict[str, Any]:
         return read_json(self.folder / "manifest.json")
 
     def state(self) -> dict[str, Any]:
         return read_json(self.folder / "state.json")
+
+    def model(self) -> dict[str, Any]:
+        """Model configuration, codec and classes."""
+        return read_json(self.folder / "model.json")
 
     def ema(self) -> dict[str, Tensor]:
         """The averaged weights, fp32, by parameter name."""
@@ -76,8 +81,9 @@ class Checkpointer:
         self.process = process
         self.keep_last = keep_last
 
-    def save(self, step: int, engine: Engine, ema: dict[str, Tensor], state: dict[str, Any], config: str) -> Checkpoint:
-        """Publish the checkpoint of `step`. All ranks must call it; if one cannot write, all raise UserError."""
+    def save(self, step: int, engine: Engine, ema: dict[str, Tensor], texts: dict[str, str]) -> Checkpoint:
+        """Publish the checkpoint of `step`: engine state, averaged weights, and text files by name. All ranks must call
+        it; if one cannot write, all raise UserError."""
         final = self.folder / f"step-{step:08d}"
         staging = self.folder / f".staging-{final.name}"
         with self.together(f"write {staging}"):
@@ -91,20 +97,10 @@ class Checkpointer:
             if self.process.is_main:
                 with disk_errors(staging):
                     save_file(ema, staging / "ema.safetensors")
-                    (staging / "state.json").write_text(json.dumps(state, indent=1))
-                    (staging / "config.yaml").write_text(config)
-                    manifest = {
-                        "format": FORMAT,
-                        "step": step,
-                        "world_size": self.process.world_size,
-                        "zero_stage": engine.config.zero_stage,
-                        "files": {
-                            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                            for path in sorted(staging.rglob("*"))
-                            if path.is_file()
-                        },
-                    }
-                    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                    for name, text in texts.items():
+                        (staging / name).write_text(text)
+                    world_size = self.process.world_size
+                    write_manifest(staging, step=step, world_size=world_size, zero_stage=engine.config.zero_stage)
                 if final.exists():  # the same step again, after a resume from an older checkpoint
                     discard(final)
                 publish_folder(staging, final)
@@ -180,13 +176,23 @@ def published(folder: Path) -> list[Checkpoint]:
 
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: itself one, or the newest of a run folder. UserError if there is none."""
-    if NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file() and (path / "ema.safetensors").is_file():
         return Checkpoint(path)
     for folder in (path / "checkpoints", path):
         found = published(folder)
         if found:
             return found[-1]
     raise UserError(f"checkpoint: there is none at {path}; give a run folder or a checkpoints/step-… folder in it")
+
+
+def write_manifest(folder: Path, **fields: Any) -> None:
+    """manifest.json: format, the given fields, and size and sha256 of every file in `folder`."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **fields, "files": files}, indent=1))
 
 
 def discard(folder: Path) -> None:

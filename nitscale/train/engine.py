@@ -34,6 +34,8 @@ with warnings.catch_warnings():
     from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that torch 2.13 deprecates, once a step.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -178,7 +179,17 @@ class Trainer:
             "data_digest": self.digest,
             "plan": self.plan.state_dict(self.plan_state),
         }
-        self.checkpointer.save(self.step, self.engine, self.ema.state_dict(), state, to_yaml(self.config))
+        model = {
+            "model": asdict(self.config.model),
+            "codec": self.dataset.manifest.codec,
+            "classes": self.dataset.manifest.classes,
+        }
+        texts = {
+            "state.json": json.dumps(state, indent=1),
+            "model.json": json.dumps(model, indent=1),
+            "config.yaml": to_yaml(self.config),
+        }
+        self.checkpointer.save(self.step, self.engine, self.ema.state_dict(), texts)
         self.saved_step = self.step
 
     def resume(self) -> None:

@@ -1,0 +1,71 @@
+"""Models in and out: published weights → a folder that sampling reads, and a checkpoint → published weights."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nitscale.config import build
+from nitscale.errors import UserError
+from nitscale.files import atomic_file, disk_errors, publish_folder
+from nitscale.models.presets import PRESETS
+from nitscale.models.reference import save_reference
+from nitscale.models.transformer import ModelConfig, PackedTransformer
+from nitscale.models.weights import import_weights, read_weights, write_weights
+from nitscale.train.checkpoint import find_checkpoint, write_manifest
+
+CODECS: dict[str, dict[str, Any]] = {
+    "nit": {"id": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "channels": 32, "factor": 32},
+    "fit": {"id": "stabilityai/sd-vae-ft-ema", "channels": 4, "factor": 8},
+}
+"""The autoencoders of the published models."""
+
+
+def import_checkpoint(file: Path, preset: str, out: Path) -> str:
+    """Published weights of a preset → the folder `out`, published whole. One line that says what was imported.
+
+    UserError for a preset or file that is not known, keys or shapes that differ, or an `out` that is not empty.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"checkpoint: preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    model = import_weights(preset, read_weights(file))
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with disk_errors(out):
+        try:
+            staging.mkdir(parents=True)
+            save_file(dict(model.state_dict()), staging / "ema.safetensors")
+            about = {
+                "model": asdict(model.config),
+                "codec": CODECS[model.config.published_as],
+                "classes": [str(number) for number in range(model.config.num_classes)],
+            }
+            (staging / "model.json").write_text(json.dumps(about, indent=1))
+            write_manifest(staging, step=0, imported_from=file.name, preset=preset)
+            publish_folder(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"checkpoint: {file} imported as {preset}, {parameters:,} parameters, into {out}"
+
+
+def export_checkpoint(path: Path, file: Path) -> str:
+    """The averaged weights of a checkpoint, under the published code's names, as one file. One line that says so."""
+    checkpoint = find_checkpoint(path)
+    checkpoint.verify()
+    with torch.device("meta"):
+        model = PackedTransformer(build(ModelConfig, checkpoint.model()["model"], "model", {}))
+    model.load_state_dict(checkpoint.ema(), assign=True)
+    weights = save_reference(model)
+    with atomic_file(file) as temporary:
+        renamed = temporary.with_name(temporary.name + file.suffix)  # the format goes by the ending
+        try:
+            write_weights(renamed, weights)
+            os.replace(renamed, temporary)
+        finally:
+            renamed.unlink(missing_ok=True)
+    return f"checkpoint: step {checkpoint.step} of {path} exported to {file}, {len(weights)} tensors"

@@ -1,0 +1,72 @@
+"""Published weights in and out through the command line's functions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nitscale.errors import UserError
+from nitscale.generate.load import load_trained
+from nitscale.models import presets
+from nitscale.models.reference import save_reference
+from nitscale.models.transformer import PackedTransformer
+from nitscale.models.weights import read_weights, write_weights
+from nitscale.train.checkpoint import find_checkpoint
+from nitscale.train.exchange import export_checkpoint, import_checkpoint
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of random weights under the published names of a NiT of two narrow blocks."""
+    small = presets.preset("nit-s", depth=2, width=32, heads=2, num_classes=5, feature_block=None)
+    monkeypatch.setitem(presets.PRESETS, "nit-s", small)
+    model = PackedTransformer(small)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    write_weights(tmp_path / "published.safetensors", save_reference(model))
+    return tmp_path / "published.safetensors"
+
+
+def test_imported_and_exported_weights_are_the_same_file(published: Path, tmp_path: Path) -> None:
+    assert "imported as nit-s" in import_checkpoint(published, "nit-s", tmp_path / "imported")
+    find_checkpoint(tmp_path / "imported").verify()
+    export_checkpoint(tmp_path / "imported", tmp_path / "exported.safetensors")
+    assert (tmp_path / "exported.safetensors").read_bytes() == published.read_bytes()
+    export_checkpoint(tmp_path / "imported", tmp_path / "exported.pt")
+    assert read_weights(tmp_path / "exported.pt").keys() == read_weights(published).keys()
+
+
+def test_the_averaged_weights_of_a_run_are_exported_under_the_published_names(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    export_checkpoint(trained_run, tmp_path / "run.safetensors")
+    exported = read_weights(tmp_path / "run.safetensors")
+    expected = save_reference(load_trained(trained_run).model)
+    assert exported.keys() == expected.keys() and "blocks.1.adaLN_modulation.1.weight" in exported
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_wrong_imports_are_named_and_leave_nothing(published: Path, tmp_path: Path) -> None:
+    weights = read_weights(published)
+    weights["surplus"] = weights.pop("x_embedder.proj.bias")
+    write_weights(tmp_path / "other.safetensors", weights)
+    with pytest.raises(UserError, match=r"(?s)x_embedder\.proj\.bias.*surplus"):
+        import_checkpoint(tmp_path / "other.safetensors", "nit-s", tmp_path / "out")
+    with pytest.raises(UserError, match="preset 'nit-m' is unknown"):
+        import_checkpoint(published, "nit-m", tmp_path / "out")
+    with pytest.raises(UserError, match="is not a file"):
+        import_checkpoint(tmp_path / "absent.safetensors", "nit-s", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    import_checkpoint(published, "nit-s", tmp_path / "out")
+    with pytest.raises(UserError, match="already exists"):
+        import_checkpoint(published, "nit-s", tmp_path / "out")
+
+
+def test_sampling_needs_the_checkpoint_alone_and_says_which_codec_it_lacks(published: Path, tmp_path: Path) -> None:
+    import_checkpoint(published, "nit-s", tmp_path / "imported")
+    with pytest.raises(UserError, match="dc-ae-f32c32"):
+        load_trained(tmp_path / "imported")
+    about = json.loads((tmp_path / "imported" / "model.json").read_text())
+    assert about["model"]["rope_order"] == "reference" and len(about["classes"]) == 5
