@@ -3,7 +3,8 @@
 DeepSpeed owns gradient reduction, clipping, the optimizer step and its checkpoint files. What the rest of nitscale
 needs of it stands here as plain functions, and its quirks (measured with DeepSpeed 0.19.8) are kept here:
 
-- `init_distributed()` compiles a shared-memory op on CPU (25 s, needs g++) unless the op is marked incompatible.
+- on CPU, `init_distributed()` tries which ops it could compile, with linker errors on the terminal, and compiles a
+  shared-memory op (25 s, needs g++); a table that says that no op is compatible prevents both.
 - an optimizer named in DeepSpeed's config compiles `fused_adam`; `torch.optim.AdamW` is handed over instead.
 - DeepSpeed averages gradients over data-parallel ranks and divides the loss by the accumulation steps; our loss is
   normalised by the tokens of the whole step, so `backward` multiplies both back.
@@ -14,6 +15,7 @@ import logging
 import os
 import socket
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +97,8 @@ def start_process() -> Process:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not on_gpu:
+            deepspeed.ops.__compatible_ops__ = defaultdict(bool)
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
