@@ -93,6 +93,8 @@ def axes_swapped(model: PackedTransformer) -> PackedTransformer:
             state[key] = parts.flatten(0, 2)
         elif "q_norm" in key or "k_norm" in key:
             state[key] = value.roll(half)
+        elif key == "position_embedding.out.weight":  # (centre, extent) x (row, column) x sinusoids
+            state[key] = value.unflatten(1, (2, 2, -1)).flip(2).flatten(1)
     p = config.patch_size
     transposed = torch.arange(config.token_features).unflatten(0, (-1, p, p)).transpose(1, 2).flatten()
     state["patch_embedding.weight"] = state["patch_embedding.weight"][:, transposed]

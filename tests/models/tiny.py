@@ -20,7 +20,8 @@ FITV2 = {
     "rope_magnitude": "attention_scale",
 }
 FIT = {**NIT, "mlp": "swiglu", "qk_norm": "none", "rope_extrapolation": "yarn", "rope_train_grid": 2}
-CONFIGS = {"nit": NIT, "fitv2": FITV2, "fit": FIT}
+DEMO = {**NIT, "mlp": "swiglu", "absolute_positions": "fractional"}
+CONFIGS = {"nit": NIT, "fitv2": FITV2, "fit": FIT, "demo": DEMO}
 
 
 def random_model(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> PackedTransformer:
