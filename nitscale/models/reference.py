@@ -10,6 +10,7 @@ import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from nitscale.errors import UserError
 from nitscale.models.transformer import ModelConfig, PackedTransformer
 
 FAMILIES = ("nit", "fit")
+WRAPPERS = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.")
+"""Prefixes that wrappers put before every key: data parallelism, torch.compile, averaging."""
 
 NIT_DEFAULTS: dict[str, Any] = {
     "input_size": 32,
@@ -105,9 +108,11 @@ ROPE_MODES = {
 def load_reference(family: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> PackedTransformer:
     """The model that the published code of `family` ("nit" or "fit") builds from these arguments and weights.
 
-    Weights keep their dtype. A NiT state without any `projector.*` gives a model without projector. UserError for keys
-    that are missing, surplus or of another shape, all of them listed, and for options that are not supported.
+    Weights keep their dtype; a state of several takes the widest. A NiT state without any `projector.*` gives a model
+    without projector. `WRAPPERS` before every key are left out. UserError for keys that are missing, surplus or of
+    another shape, all of them listed, and for options that are not supported.
     """
+    state_dict = without_wrappers(state_dict)
     low_rank = state_dict.get("blocks.0.adaLN_modulation.2.weight")
     if config.get("adaln_lora_dim") is None and low_rank is not None and low_rank.ndim == 2:
         config = {**config, "adaln_lora_dim": low_rank.shape[1]}
@@ -136,8 +141,17 @@ def load_weights(model: PackedTransformer, state_dict: Mapping[str, Tensor]) -> 
             f"reference weights: {len(problems)} keys do not fit this model; "
             "check that the configuration is that of the weights\n  " + "\n  ".join(problems)
         )
-    model.load_state_dict({entry.name: entry.load(state_dict[entry.key]) for entry in entries}, assign=True)
+    dtype = reduce(torch.promote_types, {value.dtype for value in state_dict.values()})
+    model.load_state_dict({entry.name: entry.load(state_dict[entry.key].to(dtype)) for entry in entries}, assign=True)
     return model.requires_grad_()
+
+
+def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without the `WRAPPERS` that stand before all of its keys."""
+    for prefix in WRAPPERS:
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            return without_wrappers({key.removeprefix(prefix): value for key, value in state_dict.items()})
+    return state_dict
 
 
 def save_reference(model: PackedTransformer, gradients: bool = False) -> dict[str, Tensor]:
@@ -196,13 +210,13 @@ def _nit_config(a: dict[str, Any]) -> ModelConfig:
 
 
 def _fit_config(a: dict[str, Any]) -> ModelConfig:
-    if a["rel_pos_embed"] not in ("rope", "xpos"):
+    if str(a["rel_pos_embed"]).lower() not in ("rope", "xpos"):
         raise UserError(f"reference weights: rel_pos_embed={a['rel_pos_embed']!r} is not supported; only 'rope' is")
     if a["abs_pos_embed"] is not None:
         raise UserError(f"reference weights: abs_pos_embed={a['abs_pos_embed']!r} is not supported; only None is")
     if a["learn_sigma"] and a["use_sit"]:
         raise UserError("reference weights: learn_sigma and use_sit exclude each other in FiT")
-    if a["q_norm"] != a["k_norm"]:
+    if _fit_norm(a["q_norm"]) != _fit_norm(a["k_norm"]):
         raise UserError(f"reference weights: q_norm={a['q_norm']!r} and k_norm={a['k_norm']!r} must be the same")
     hidden = int(a["hidden_size"] * a["mlp_ratio"])
     return ModelConfig(

@@ -27,7 +27,7 @@ FREQUENCIES = 256
 CHOICES = {
     "mlp": ("gelu", "swiglu"),
     "adaln": ("full", "lora", "lora+global", "swiglu"),
-    "norm": ("plain", "weight", "rms"),
+    "norm": ("none", "plain", "weight", "rms"),
     "qk_norm": ("none", "plain", "weight", "affine", "rms"),
     "prediction": ("velocity", "noise"),
     "time_direction": ("data_to_noise", "noise_to_data"),
@@ -74,7 +74,8 @@ class ModelConfig:
     adaln_bias: bool = True
     """Whether the linears of the modulation have a bias."""
     norm: str = "plain"
-    """Norm before attention, MLP and final layer. plain: layer norm without parameters; weight: with a scale; rms."""
+    """Norm before attention, MLP and final layer. plain: layer norm without parameters; weight: with a scale; rms;
+    none (an option of FiT)."""
     qk_norm: str = "affine"
     """Norm of queries and keys in each head. plain: layer norm without parameters (FiTv2); affine: with scale and shift
     (NiT); weight: with a scale; rms; none (FiT)."""
@@ -116,7 +117,8 @@ class ModelConfig:
     feature_block: int | None = None
     """Features for REPA are taken after this many blocks."""
     projector_width: int | None = None
-    """Hidden features of a REPA projector that is part of the model, as in the published NiT checkpoints."""
+    """Hidden features of a REPA projector that is part of the model, as in the published NiT checkpoints. Without a
+    feature_block it is carried along unused."""
     feature_width: int | None = None
     """Output features of that projector."""
     attention_backend: str = "auto"
@@ -140,8 +142,6 @@ class ModelConfig:
             raise UserError(f"model: feature_block={self.feature_block} is not one of the blocks 1 to {self.depth}")
         if (self.projector_width is None) != (self.feature_width is None):
             raise UserError("model: projector_width and feature_width are given together or not at all")
-        if self.projector_width is not None and self.feature_block is None:
-            raise UserError("model: a projector needs feature_block, the number of blocks before it")
 
     @property
     def head_dim(self) -> int:
@@ -192,8 +192,17 @@ class PackedTransformer(nn.Module):
         for the null class. With `return_features`, also the features after `feature_block` blocks: (N, D), or the
         projector's (N, feature_width) if the model has one. Models of `prediction` noise return the noise, and with
         `learned_variance` as many features for the variance after it: (N, 2 F).
+
+        ValueError where a shape does not fit the layout; UserError for features of a model without `feature_block`.
         """
         config = self.config
+        for name, value, shape in (
+            ("tokens", tokens, (layout.num_tokens, config.token_features)),
+            ("t", t, (layout.num_segments,)),
+            ("labels", labels, (layout.num_segments,)),
+        ):
+            if value.shape != shape:
+                raise ValueError(f"model: {name} is {tuple(value.shape)}, its layout needs {shape}")
         weight = self.patch_embedding.weight
         x = self.patch_embedding(tokens.to(weight.dtype))
         if self.position_embedding is not None:

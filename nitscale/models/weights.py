@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nitscale.errors import UserError
 from nitscale.models.presets import preset
-from nitscale.models.reference import load_weights, published_conventions
+from nitscale.models.reference import load_weights, published_conventions, without_wrappers
 from nitscale.models.transformer import PackedTransformer
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-NESTS = ("state_dict", "model", "ema", "module")
-"""Keys under which a torch file may keep its state dict."""
+NESTS = ("ema", "state_dict", "model", "module")
+"""Keys under which a torch file may keep its state dict; the averaged weights are preferred."""
 
 
 def import_weights(preset_name: str, state_dict: Mapping[str, Tensor]) -> PackedTransformer:
@@ -36,13 +36,13 @@ def import_weights(preset_name: str, state_dict: Mapping[str, Tensor]) -> Packed
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a file. UserError where it is not there, or not a file of weights."""
+    """The tensors of a file, by names without `WRAPPERS`. UserError where it is not there or not a file of weights."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights: {path} is not a file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return dict(without_wrappers(load_file(path)))
         if path.suffix in TORCH_SUFFIXES:
             return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -68,4 +68,4 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
             loaded = loaded[nest]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"weights: {path} holds no state dict, that is, names and tensors")
-    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+    return dict(without_wrappers({str(key): value for key, value in loaded.items()}))

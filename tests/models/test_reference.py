@@ -9,8 +9,10 @@ import torch
 
 from nitscale.errors import UserError
 from nitscale.flow.guidance import Guidance, GuidedVelocity
+from nitscale.layout import PackLayout, unpatchify
 from nitscale.models.reference import load_reference, reference_config, save_reference
 from nitscale.models.transformer import PackedTransformer
+from tests.models.plain import plain_output
 from tests.published import (
     FOLDER,
     TOLERANCE,
@@ -92,6 +94,9 @@ def test_fit_gives_the_published_numbers_of_padded_batches_as_packs(name: str, d
             model = published_model("fit", name, dtype, **options)
             velocity = model(x, t, tensors["in.y"], layout)
             assert difference(-velocity, tensors[f"out.{output}"][real]) <= TOLERANCE[dtype], output
+            if output == "prediction" and "out.unpatchify0" in tensors:
+                of_first = unpatchify(-velocity[: layout.lengths[0]], about["sizes_hw"][0], model.config.patch_size)
+                assert difference(of_first, tensors["out.unpatchify0"]) <= TOLERANCE[dtype]
 
     model = published_model("fit", name, dtype)
     (model(x, t, tensors["in.y"], layout).square().sum() / tensors["in.x"].numel()).backward()
@@ -180,32 +185,115 @@ def test_options_that_are_not_supported_are_errors() -> None:
         reference_config("dit", {})
 
 
+NTK = {"custom_freqs": "ntk-aware", "ori_max_pe_len": 2}
+FIT_CASES = [
+    ({"adaln_type": "swiglu", "mlp_ratio": 3.5}, {}),
+    ({"adaln_type": "lora", "adaln_lora_dim": 4, "adaln_bias": False, "ffn_bias": False, "qkv_bias": False}, {}),
+    ({"use_swiglu": False, "q_norm": "layernorm", "k_norm": "layernorm", "qk_norm_weight": True}, {}),
+    ({"norm_type": "w_layernorm", "q_norm": "w_rmsnorm", "k_norm": "w_rmsnorm", "add_rel_pe_to_v": True}, {}),
+    ({"norm_type": "none", "use_swiglu_large": True, "rel_pos_embed": "RoPE", "class_dropout_prob": 0.0}, {}),
+    ({"rope_theta": 100.0, "time_shifting": 3, "patch_size": 1}, {"theta": 100.0}),
+    (
+        {**NTK, "online_rope": True, "decouple": True},
+        {"extrapolation": "ntk", "train_grid": 2, "decoupled": True},
+    ),
+    (
+        {**NTK, "custom_freqs": "Yarn", "max_pe_len_h": 8, "max_pe_len_w": 4},
+        {"extrapolation": "yarn", "magnitude": "mscale", "train_grid": 2, "decoupled": False, "test_grid": (8, 4)},
+    ),
+]
+NIT_CASES = [
+    ({}, {}),
+    ({"use_adaln_lora": True, "adaln_lora_dim": 4, "qk_norm": True, "patch_size": 1, "theta": 100}, {"theta": 100}),
+    (
+        {**NTK, "custom_freqs": "scale2", "max_pe_len_h": 4, "max_pe_len_w": 8},
+        {"magnitude": "proportion2", "train_grid": 2, "test_grid": (4, 8)},
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"adaln_type": "swiglu"},
-        {"adaln_type": "lora", "adaln_lora_dim": 4, "adaln_bias": False, "ffn_bias": False, "qkv_bias": False},
-        {"use_swiglu": False, "q_norm": "layernorm", "k_norm": "layernorm", "qk_norm_weight": True},
-        {"norm_type": "w_layernorm", "q_norm": "w_rmsnorm", "k_norm": "w_rmsnorm", "add_rel_pe_to_v": True},
-        {"learn_sigma": True, "use_sit": False, "class_dropout_prob": 0.0},
-    ],
+    ("family", "options", "rope"), [("fit", *case) for case in FIT_CASES] + [("nit", *case) for case in NIT_CASES]
 )
-def test_every_option_of_fit_goes_in_and_out(options: dict[str, Any]) -> None:
-    small = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3, "learn_sigma": False, "use_sit": True}
-    config = {**small, "use_swiglu": True, **options}
-    fresh = random_fit(config)
-    again = load_reference("fit", config, save_reference(fresh))
-    layout = fit_layout(torch.tensor([[[2, 3]], [[1, 4]]]))
-    x, t, y = torch.randn(10, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 2])
-    output = fresh(x, t, y, layout)
-    assert output.shape == (10, 32 if config["learn_sigma"] else 16)
-    assert torch.equal(output, again(x, t, y, layout))
+def test_every_option_gives_the_network_written_out_plainly(
+    family: str, options: dict[str, Any], rope: dict[str, Any], dtype: torch.dtype
+) -> None:
+    small = {"hidden_size": 24, "depth": 2, "num_heads": 2, "num_classes": 3, "in_channels": 3}
+    if family == "nit":
+        config = {**small, "encoder_depth": 1, "projector_dim": 8, "z_dim": 5, **options}
+        rope = {**rope, "order": "reference"}
+    else:
+        config = {**small, "learn_sigma": False, "use_sit": True, "use_swiglu": True, **options}
+    state = save_reference(random_model(family, config))
+    model = load_reference(family, config, {key: value.to(dtype) for key, value in state.items()})
+
+    sizes = [(2, 3), (1, 4), (5, 4), (2, 3)]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(36, model.config.token_features, generator=generator)
+    t, y = torch.tensor([0.2, 0.9, 0.0, 1.0]), torch.tensor([0, 2, 1, 2])
+    exact = {key: value.double().requires_grad_() for key, value in state.items()}
+    layout = PackLayout.from_grids(sizes)
+    if family == "nit":
+        expected, expected_features = plain_output(config, exact, x.double(), t, y, sizes, **rope)
+        velocity, features = model(x, t, y, layout, return_features=True)
+        assert difference(features, expected_features.detach()) <= TOLERANCE[dtype]
+        (features.square().mean() + velocity.square().mean()).backward()
+        (expected_features.square().mean() + expected.square().mean()).backward()
+    else:
+        expected = -plain_output(config, exact, x.double(), 1 - t, y, sizes, **rope)[0]
+        velocity = model(x, t, y, layout)
+        velocity.square().mean().backward()
+        expected.square().mean().backward()
+    assert difference(velocity, expected.detach()) <= TOLERANCE[dtype]
+    gradients = save_reference(model, gradients=True)
+    assert gradients.keys() == state.keys()
+    largest = max(float(value.grad.abs().max()) for value in exact.values())
+    for key, gradient in gradients.items():
+        assert (gradient.double() - exact[key].grad).abs().max() <= TOLERANCE[dtype] * largest, key
+    again = save_reference(model)
+    assert all(torch.equal(again[key], state[key].to(dtype)) for key in state) and list(again) == list(state)
 
 
-def random_fit(config: dict[str, Any]) -> PackedTransformer:
-    model = PackedTransformer(reference_config("fit", config))
+def test_noise_and_variance_of_the_ddpm_objective_come_at_the_steps_of_its_schedule() -> None:
+    config = {"hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "in_channels": 3, "use_swiglu": True}
+    model = random_model("fit", config)
+    state = {key: value.double() for key, value in save_reference(model).items()}
+    x = torch.randn(10, 12, generator=torch.Generator().manual_seed(1))
+    t, y, sizes = torch.tensor([0.25, 0.999]), torch.tensor([0, 2]), [(2, 3), (1, 4)]
+    output = model(x, t, y, PackLayout.from_grids(sizes))
+    expected = plain_output(config, state, x.double(), t, y, sizes)[0]
+    assert output.shape == (10, 24)
+    assert difference(output, expected) <= 2e-5
+
+
+def test_weights_of_a_projector_behind_no_block_are_kept() -> None:
+    config = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3, "projector_dim": 8, "z_dim": 5}
+    state = save_reference(random_model("nit", config))  # the published default is encoder_depth=4
+    model = load_reference("nit", config, state)
+    layout, x = PackLayout.from_grids([(2, 3)]), torch.randn(6, 16)
+    model(x, torch.tensor([0.5]), torch.tensor([1]), layout)
+    with pytest.raises(UserError, match="feature_block"):
+        model(x, torch.tensor([0.5]), torch.tensor([1]), layout, return_features=True)
+    saved = save_reference(model)
+    assert saved.keys() == state.keys() and torch.equal(saved["projector.4.weight"], state["projector.4.weight"])
+
+
+def test_prefixes_of_wrappers_are_left_out_and_dtypes_made_one() -> None:
+    about, tensors = golden("nit_c2i_p2")
+    weights = {key.removeprefix("weights."): value.float() for key, value in tensors.items() if "weights." in key}
+    wrapped = {f"ema_model._orig_mod.{key}": value.half() if "proj" in key else value for key, value in weights.items()}
+    model = load_reference("nit", about["config"], wrapped)
+    prediction = model(tensors["in.x"].flatten(1), tensors["in.t"], tensors["in.y"], nit_layout(tensors))
+    assert difference(prediction, tensors["out.prediction"]) <= 2e-5
+    assert save_reference(model).keys() == weights.keys()
+
+
+def random_model(family: str, config: dict[str, Any]) -> PackedTransformer:
+    model = PackedTransformer(reference_config(family, config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
+        for name, parameter in model.named_parameters():
+            is_scale = "norm" in name and name.endswith(".weight")
+            parameter.normal_(1.0 if is_scale else 0.0, 0.2, generator=generator)
     return model

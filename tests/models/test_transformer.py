@@ -258,9 +258,23 @@ def test_a_reordered_layout_is_the_layout_of_the_reordered_images(sizes: list[tu
         ({"null_class": False}, "class_dropout=0.1"),
         ({"feature_block": 4}, "feature_block=4"),
         ({"projector_width": 8}, "feature_width"),
-        ({"projector_width": 8, "feature_width": 8}, "feature_block"),
+        ({"norm": "batch"}, "norm='batch'"),
     ],
 )
 def test_wrong_configurations_are_errors_that_name_the_field(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         ModelConfig(**{**NIT, **options})
+
+
+def test_inputs_that_do_not_fit_their_layout_are_errors_that_name_them() -> None:
+    model = MODELS["nit"]
+    x, t, labels = images(model, [(2, 3), (1, 2)])
+    layout = PackLayout.from_grids([(2, 3), (1, 2)])
+    for inputs, named in (
+        ((x[:-1], t, labels), r"tokens is \(7, 4\), its layout needs \(8, 4\)"),
+        ((torch.cat([x, x]), t, labels), r"tokens is \(16, 4\)"),
+        ((x, t[:1], labels), r"t is \(1,\)"),
+        ((x, t, labels[0]), r"labels is \(\)"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            model(*inputs, layout)

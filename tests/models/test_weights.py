@@ -54,12 +54,15 @@ def test_torch_files_are_read_with_their_usual_nests(tmp_path: Path) -> None:
         (".bin", tensors),
         (".pt", {"state_dict": tensors, "step": 3}),
         (".pth", {"model": {f"module.{key}": value for key, value in tensors.items()}}),
+        (".pt", {"model": {"a.weight": torch.zeros(2)}, "ema": tensors, "opt": {}}),
     ):
         path = tmp_path / f"weights{suffix}"
         torch.save(content, path)
         read = read_weights(path)
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[key], tensors[key]) for key in tensors)
+    write_weights(tmp_path / "weights.safetensors", {f"ema.module.{key}": value for key, value in tensors.items()})
+    assert read_weights(tmp_path / "weights.safetensors").keys() == tensors.keys()
 
 
 class Surprise:
