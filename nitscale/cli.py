@@ -2,8 +2,11 @@
 
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,9 +30,27 @@ def main() -> None:
         app()
     except UserError as error:
         if os.environ.get("NITSCALE_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1) if "RANK" in os.environ else sys.exit(1)  # under torchrun, peers may be waiting in a collective
+            traceback.print_exc()
+        fail(f"error: {error}", 1)
+    except Exception:
+        traceback.print_exc()
+        fail("", 1)
+
+
+def fail(words: str, code: int) -> NoReturn:
+    """End the process at once: as a rank of a training, its peers may be waiting for it in a collective."""
+    print(words, file=sys.stderr, end="\n" if words else "", flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise UserError("interrupted; what was finished is kept, and the same command goes on from there") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -50,7 +71,8 @@ def demo(
     """The whole main job on this machine: draw or take images, encode, train, sample, judge, report."""
     from nitscale.demo.pipeline import DemoConfig, run_demo
 
-    run_demo(DemoConfig(out=out or Path("runs/demo"), images=images, minutes=minutes))
+    with resumable():
+        run_demo(DemoConfig(out=out or Path("runs/demo"), images=images, minutes=minutes))
 
 
 @app.command(epilog="Example: nitscale encode photos/ data/photos --factor 16 --channels 32")
@@ -69,7 +91,8 @@ def encode(
     config = EncodeConfig(
         factor=factor, channels=channels, patch_size=patch_size, max_tokens=max_tokens, shard_samples=shard_samples
     )
-    print(encode_folder(images, output, config).summary())
+    with resumable():
+        print(encode_folder(images, output, config).summary())
 
 
 @app.command(epilog="Example: torchrun --nproc-per-node 2 -m nitscale train configs/demo.yaml data.path=data/photos")
@@ -88,15 +111,16 @@ def train(
     if print_config:
         print(to_yaml(run), end="")
         return
-    from nitscale.train.engine import start_process, stop_process
+    from nitscale.train.engine import leave_process, start_process
     from nitscale.train.loop import run_training
 
     process = start_process()
-    complete = run_training(run, process)
+    with resumable():
+        complete = run_training(run, process)
     if process.is_main:
         what = "complete" if complete else "stopped; the same command goes on from here"
         print(f"train: {run.run} is {what}", flush=True)
-    stop_process()
+    leave_process()
 
 
 @app.command(epilog="Example: nitscale sample runs/demo/train --size 64x96 --size 144x96 --class 0,3 --seeds 0-7")

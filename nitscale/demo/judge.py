@@ -29,12 +29,12 @@ SIZES: dict[str, list[Grid]] = {
     "beyond": [(288, 288), (64, 288)],
 }
 """(height, width) in pixels. Trained on: sides of 64 to 160, ratios to 2. Unseen: sides to 224, ratios to 3."""
-IMAGES_A_CLASS = {"trained": 8, "unseen": 5, "beyond": 1}
+IMAGES_A_CLASS = {"trained": 5, "unseen": 5, "beyond": 1}
 MOST_CLASSES = 16
 """Classes that are sampled, where a user's own photos have more."""
 MOST_REAL = 1000
 """Held-out images that are compared with."""
-SAMPLER = SamplerConfig(steps=32, guidance=2.5, interval=(0.1, 1.0), token_budget=2048)
+SAMPLER = SamplerConfig(steps=32, guidance=2.5, interval=(0.0, 0.7), token_budget=2048)
 
 
 @dataclass

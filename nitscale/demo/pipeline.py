@@ -35,7 +35,7 @@ from nitscale.files import atomic_write, exclusive_lock
 from nitscale.generate.load import load_trained
 from nitscale.train.checkpoint import published
 from nitscale.train.config import RunConfig
-from nitscale.train.metrics import machine
+from nitscale.train.metrics import machine, versions
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 TRAINED_SIDES = (64, 191)
@@ -51,6 +51,14 @@ CALIBRATION_STARTS = 20
 """Steps of the calibration that are not timed."""
 MOST_STEPS = 20_000
 MOST_RANKS = 8
+ONE_CORE = {
+    "OMP_NUM_THREADS": "1",
+    # Keep freed memory: glibc gives tensors of this size back to the system after each use, a sixth of a step.
+    "MALLOC_MMAP_THRESHOLD_": str(2**32 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""Environment of a rank that has one core."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def run_demo(demo: DemoConfig) -> None:
     if demo.minutes < 1:
         raise UserError(f"demo: --minutes {demo.minutes} is too short; give at least 1, better 9")
     with exclusive_lock(demo.out / ".lock", f"running the demo in {demo.out}"):
+        check_same_demo(demo)
         spent = Stopwatch(demo.out / "seconds.json")
         with spent.stage("images"):
             images = prepare_images(demo)
@@ -86,6 +95,17 @@ def run_demo(demo: DemoConfig) -> None:
                 trained, held_out_images(demo), demo.out / "heldout_images" if demo.images is None else None
             )
         finish(demo, judgement, spent, time.perf_counter() - began)
+
+
+def check_same_demo(demo: DemoConfig) -> None:
+    """UserError if the folder was begun with other options: a demo's steps and pictures are chosen once."""
+    path = demo.out / "demo.json"
+    options = {"images": str(demo.images.resolve()) if demo.images else None, "minutes": demo.minutes}
+    if not path.exists():
+        atomic_write(path, json.dumps(options).encode())
+    elif (before := json.loads(path.read_text())) != options:
+        changed = ", ".join(f"--{name} {before[name]}" for name in options if before[name] != options[name])
+        raise UserError(f"demo: {demo.out} was begun with {changed}; give another --out, or remove {demo.out}")
 
 
 def prepare_images(demo: DemoConfig) -> Path:
@@ -199,14 +219,14 @@ def run_ranks(arguments: Sequence[str], ranks: int, quiet: bool = False) -> None
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    on_cpu = {} if torch.cuda.is_available() else ONE_CORE
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes = []
     try:
         for rank in range(ranks):
             process = subprocess.Popen(
                 [sys.executable, "-m", "nitscale", *arguments],
-                env=os.environ | shared | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | shared | on_cpu | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.DEVNULL if quiet or rank else None,
                 stderr=subprocess.PIPE if quiet or rank else None,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -241,6 +261,7 @@ def finish(demo: DemoConfig, judgement: Judgement, spent: "Stopwatch", this_run_
         "seconds": round(spent.total(), 1),
         "seconds_by_stage": spent.seconds,
         "machine": machine(),
+        "versions": versions(),
     }
     atomic_write(demo.out / "report.json", json.dumps(result, indent=1).encode())
     write_report(demo.out, judgement, result)

@@ -55,7 +55,7 @@ def write_report(folder: Path, judgement: Judgement, result: dict[str, Any]) -> 
         numbers=numbers_table(judgement),
         curves=data_url(curves(folder / "train" / "metrics.jsonl"), "image/svg+xml"),
         times=table([(stage, f"{seconds:,.1f} s") for stage, seconds in result["seconds_by_stage"].items()]),
-        machine=table([(name, str(value)) for name, value in result["machine"].items()]),
+        machine=table([(name, str(value)) for name, value in (result["machine"] | result["versions"]).items()]),
     )
     atomic_write(folder / "report.html", page.encode())
 

@@ -53,19 +53,13 @@ def centres(n: int) -> np.ndarray:
     return (np.arange(n) + 0.5) / n * 2 - 1
 
 
-def saltire(c: Canvas, thickness: float) -> np.ndarray:
-    diagonal = np.hypot(c.right, c.bottom)
-    distance = np.minimum(abs(c.u - c.v), abs(c.u + c.v)) * c.right * c.bottom / diagonal
-    return distance < thickness
-
-
 LAYOUTS: dict[str, Callable[[Canvas, float], np.ndarray]] = {
     "checkerboard": lambda c, _: (np.floor((c.u + 1) / 2 * CHECKS) + np.floor((c.v + 1) / 2 * CHECKS)) % 2 == 0,
     "cross": lambda c, thickness: (abs(c.x) < thickness) | (abs(c.y) < thickness),
     "disc": lambda c, thickness: np.hypot(c.x, c.y) < 0.45 + thickness,
     "frame": lambda c, thickness: (c.right - abs(c.x) < thickness) | (c.bottom - abs(c.y) < thickness),
     "horizontal stripes": lambda c, _: np.floor((c.v + 1) / 2 * STRIPES) % 2 == 0,
-    "saltire": saltire,
+    "quarters": lambda c, _: c.u * c.v > 0,
     "triangle": lambda c, _: (abs(c.u) < (c.v + 0.9) / 1.8 * 0.95) & (abs(c.v) < 0.9),
     "vertical stripes": lambda c, _: np.floor((c.u + 1) / 2 * STRIPES) % 2 == 0,
 }

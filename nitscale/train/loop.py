@@ -33,7 +33,7 @@ from nitscale.train.checkpoint import Checkpointer
 from nitscale.train.config import RunConfig
 from nitscale.train.ema import EMA
 from nitscale.train.engine import Engine, Process
-from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops
+from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops, versions
 from nitscale.train.schedule import learning_rate_factor
 
 
@@ -281,6 +281,6 @@ def run_training(config: RunConfig, process: Process) -> bool:
     if process.is_main:
         with exclusive_lock(run / ".lock", f"training in {run}"):
             atomic_write(run / "config.yaml", to_yaml(config).encode())
-            atomic_write(run / "environment.json", json.dumps(machine(), indent=1).encode())
+            atomic_write(run / "environment.json", json.dumps(machine() | versions(), indent=1).encode())
             return Trainer(config, process).train()
     return Trainer(config, process).train()

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from nitscale.files import disk_errors
 from nitscale.layout import PackLayout
 from nitscale.train.engine import Process
 
@@ -79,7 +81,8 @@ class MetricsWriter:
         self.path = run / "metrics.jsonl"
         truncate_after(self.path, start_step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
-        self.bar = tqdm(total=steps, initial=start_step, desc="train", unit="step", mininterval=1.0, smoothing=0.1)
+        seconds = 1.0 if sys.stderr.isatty() else 30.0  # between two lines of a log file
+        self.bar = tqdm(total=steps, initial=start_step, desc="train", unit="step", mininterval=seconds, smoothing=0.1)
 
     def advance(self) -> None:
         if self.active:
@@ -88,11 +91,12 @@ class MetricsWriter:
     def write(self, line: dict[str, Any]) -> None:
         if not self.active:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name not in ("step",):
-                self.board.add_scalar(f"train/{name}", value, line["step"])
+        with disk_errors(self.path):
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(f"train/{name}", value, line["step"])
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
 
     def close(self) -> None:
@@ -132,8 +136,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core", "nitscale")}
+    """The machine that a figure belongs to, and when."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": cpu_name(),
@@ -141,9 +144,13 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **versions,
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of nitscale and of the packages that a figure depends on."""
+    return {name: importlib.metadata.version(name) for name in ("nitscale", "torch", "deepspeed", "numpy")}
 
 
 def cpu_name() -> str:

@@ -120,7 +120,7 @@ def test_the_loop_equals_a_plain_pytorch_loop_written_here(undisturbed, shapes_d
 
 
 def test_two_ranks_under_torchrun_see_the_same_packs_and_losses_as_one(undisturbed, shapes_dataset, tmp_path):
-    """One spawn, one run on two ranks: half of it, a stop by SIGTERM to one rank, and the other half."""
+    """A run on two ranks with a loader process each, as a cluster would start it."""
     config = tiny_run(tmp_path / "run", shapes_dataset, "data.workers=1")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
