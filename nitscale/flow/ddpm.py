@@ -1,10 +1,11 @@
-"""The DDPM objective and DDIM sampling, for FiT v1 (arXiv 2402.12376), which predicts noise and its variance.
+"""The DDPM objective and its samplers, ancestral and DDIM. FiT v1 (arXiv 2402.12376) predicts noise and its variance.
 
 The model takes t = step / steps, so that times run 0 = data → 1 = noise here too, and returns (N, F) noise, or (N, 2 F)
 noise and variance. DDPM, arXiv 2006.11239; learned variance, arXiv 2102.09672; DDIM, arXiv 2010.02502.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from nitscale.errors import UserError
 from nitscale.flow.guidance import Velocity
 from nitscale.flow.losses import reduce_tokens, squared_error
 from nitscale.flow.paths import per_token
+from nitscale.flow.samplers import Draw
 from nitscale.layout import PackLayout
 
 
@@ -129,17 +131,56 @@ def ddim(
 ) -> Tensor:
     """DDIM without noise (η = 0): `model` is a callable of x (N, F) and t (n,) that gives the noise, for example a
     `GuidedVelocity`; features beyond F are left alone. Steps are evenly spaced from the last to 0."""
-    if not 1 <= num_steps <= schedule.steps:
-        raise UserError(f"sampler: num_steps={num_steps} is not between 1 and the schedule's {schedule.steps}")
     x = start.double()
-    chosen = torch.linspace(schedule.steps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
-    kept = schedule.alphas_cumprod[chosen].tolist()
-    for step, alpha, alpha_next in zip(chosen, kept, [*kept[1:], 1.0], strict=True):
-        t = torch.full((layout.num_segments,), step / schedule.steps, dtype=torch.float64, device=x.device)
+    for t, alpha, alpha_next in _chosen_steps(num_steps, schedule, layout):
         noise = model(x, t)[:, : x.shape[1]].double()
         data = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
         x = math.sqrt(alpha_next) * data + math.sqrt(1 - alpha_next) * noise
     return x.to(start.dtype)
+
+
+@torch.no_grad()
+def ancestral(
+    model: Velocity,
+    start: Tensor,
+    layout: PackLayout,
+    *,
+    draw: Draw,
+    num_steps: int = 250,
+    schedule: Schedule = Schedule(),
+) -> Tensor:
+    """Ancestral sampling (arXiv 2006.11239 algorithm 2) over evenly spaced steps, as the published FiT v1 is sampled:
+    each but the last draws from the posterior, with the learned variance where `model` gives 2 F features, else with
+    the variance β. `draw` as in `samplers.sde`."""
+    x, features = start.double(), start.shape[1]
+    for step, (t, alpha, alpha_next) in enumerate(_chosen_steps(num_steps, schedule, layout)):
+        output = model(x, t).double()
+        data = (x - math.sqrt(1 - alpha) * output[:, :features]) / math.sqrt(alpha)
+        if step + 1 == num_steps:
+            return data.to(start.dtype)
+        beta = 1 - alpha / alpha_next  # of the steps from one chosen step to the next
+        of_data, of_x = math.sqrt(alpha_next) * beta, math.sqrt(1 - beta) * (1 - alpha_next)
+        log_variance = torch.full_like(x, math.log(beta))
+        if output.shape[1] == 2 * features:
+            least = math.log(beta * (1 - alpha_next) / (1 - alpha))
+            log_variance = least + (output[:, features:] + 1) / 2 * (math.log(beta) - least)
+        x = (of_data * data + of_x * x) / (1 - alpha) + torch.exp(0.5 * log_variance) * draw(step).double()
+    raise AssertionError("there is a last step")
+
+
+def _chosen_steps(num_steps: int, schedule: Schedule, layout: PackLayout) -> Iterator[tuple[Tensor, float, float]]:
+    """(t (n,), ᾱ, the next step's ᾱ) of evenly spaced steps from the last of the schedule to 0."""
+    if not 1 <= num_steps <= schedule.steps:
+        raise UserError(f"sampler: num_steps={num_steps} is not between 1 and the schedule's {schedule.steps}")
+    device = layout.segment_ids.device
+    chosen = torch.linspace(schedule.steps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
+    kept = schedule.alphas_cumprod[chosen].tolist()
+    for step, alpha, alpha_next in zip(chosen, kept, [*kept[1:], 1.0], strict=True):
+        yield (
+            torch.full((layout.num_segments,), step / schedule.steps, dtype=torch.float64, device=device),
+            alpha,
+            alpha_next,
+        )
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nitscale.flow.guidance import Guidance
 
 @dataclass(frozen=True)
 class Sampling:
-    """A sampler of `nitscale.flow.samplers` (or `ddpm.ddim`), its steps, and the guidance."""
+    """A sampler of `nitscale.flow.samplers` or `nitscale.flow.ddpm`, its steps, and the guidance."""
 
     sampler: str
     num_steps: int
@@ -52,7 +52,7 @@ FIT = {
     "fitv2-b-hr": _fit(1.65),
     "fitv2-xl-hr": _fit(1.65),
     "fitv2-3b-hr": _fit(1.5),
-    "fit-xl": _fit(1.5, "ddim"),
+    "fit-xl": _fit(1.5, "ancestral"),
 }
 
 

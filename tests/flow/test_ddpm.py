@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nitscale.errors import UserError
-from nitscale.flow.ddpm import Schedule, add_noise, ddim, ddpm_loss, sample_steps, variational_bound
+from nitscale.flow.ddpm import Schedule, add_noise, ancestral, ddim, ddpm_loss, sample_steps, variational_bound
 from nitscale.layout import PackLayout
 
 SCHEDULE = Schedule()
@@ -62,21 +62,61 @@ def test_the_bound_at_the_last_step_is_a_likelihood_in_bits() -> None:
     assert torch.allclose(bound, torch.full((5,), -math.log2(mass), dtype=torch.float64), atol=1e-3)
 
 
+MEAN, STD = 2.0, 0.5
+
+
+def exact_noise(x: Tensor, t: Tensor) -> Tensor:
+    """The noise prediction for data N(2, 0.5²), which is linear; and for each feature a variance of -1, the least."""
+    alpha = SCHEDULE.alphas_cumprod[round(t[0].item() * 1000)]
+    noise = (1 - alpha).sqrt() * (x - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)
+    return torch.cat([noise, torch.full_like(x, -1.0)], dim=1)
+
+
 def test_ddim_finds_the_data_that_the_exact_noise_points_to() -> None:
-    """Data N(2, 0.5²): the exact noise prediction is linear, and the flow maps N(0, 1) onto the data."""
-    mean, std = 2.0, 0.5
+    """The flow maps N(0, 1) onto the data."""
     seen: list[float] = []
 
     def noise(x: Tensor, t: Tensor) -> Tensor:
         seen.append(t[0].item())
-        alpha = SCHEDULE.alphas_cumprod[round(t[0].item() * 1000)]
-        variance = alpha * std**2 + 1 - alpha
-        predicted = (1 - alpha).sqrt() * (x - alpha.sqrt() * mean) / variance
-        return torch.cat([predicted, torch.full_like(x, 7.0)], dim=1)  # a variance, which DDIM leaves alone
+        return exact_noise(x, t)
 
     start = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sample = ddim(noise, start, LAYOUT, num_steps=500)
-    assert torch.allclose(sample, mean + std * start, atol=0.05)
+    assert torch.allclose(sample, MEAN + STD * start, atol=0.05)
     assert seen[0] == 0.999 and seen[-1] == 0.0 and len(seen) == 500
     with pytest.raises(UserError, match="num_steps=1001"):
         ddim(noise, start, LAYOUT, num_steps=1001)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_ancestral_samples_have_the_mean_and_deviation_of_the_data(learned: bool) -> None:
+    layout = PackLayout.from_grids([(1, 1)])
+    generator = torch.Generator().manual_seed(0)
+    drawn: list[int] = []
+
+    def draw(step: int) -> Tensor:
+        drawn.append(step)
+        return torch.randn(1, 20_000, generator=generator, dtype=torch.float64)
+
+    def noise(x: Tensor, t: Tensor) -> Tensor:
+        return exact_noise(x, t)[:, : x.shape[1] * (2 if learned else 1)]
+
+    sample = ancestral(noise, draw(-1), layout, draw=draw, num_steps=250)
+    assert sample.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert sample.std().item() == pytest.approx(STD, abs=0.02)
+    assert drawn == list(range(-1, 249))
+
+
+def test_a_step_of_ancestral_sampling_is_the_posterior_of_the_two_steps() -> None:
+    """Two steps, 999 and 0, written out: mean and variance of q(x_0 | x_999, data), the variance between its bounds."""
+    x, noise, variance, drawn = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    far, near = SCHEDULE.alphas_cumprod[[999, 0]]
+    outputs = iter([torch.cat([noise, variance], dim=1), torch.zeros(5, 6, dtype=torch.float64)])
+    sample = ancestral(lambda x, t: next(outputs), x, LAYOUT, draw=lambda step: drawn, num_steps=2)
+
+    data = (x - (1 - far).sqrt() * noise) / far.sqrt()
+    kept = far / near  # x_999 = sqrt(kept) x_0 + sqrt(1 - kept) noise
+    precision = 1 / (1 - near) + kept / (1 - kept)
+    mean = (near.sqrt() * data / (1 - near) + kept.sqrt() * x / (1 - kept)) / precision
+    std = precision.pow(-0.5) ** ((1 - variance) / 2) * (1 - kept).sqrt() ** ((1 + variance) / 2)
+    assert torch.allclose(sample, (mean + std * drawn) / near.sqrt())

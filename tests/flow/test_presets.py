@@ -12,7 +12,8 @@ def test_every_model_has_a_published_sampling_by_a_sampler_that_exists() -> None
     for model in PRESETS:
         for size in NIT:
             name = sampling_preset(model, *size).sampler
-            assert callable(getattr(ddpm if name == "ddim" else samplers, name))
+            assert callable(getattr(ddpm if name == "ancestral" else samplers, name))
+    assert sampling_preset("fit-xl", 256, 256).sampler == "ancestral"
 
 
 def test_sizes_take_the_sampling_of_the_nearest_published_one() -> None:
