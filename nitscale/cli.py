@@ -161,18 +161,16 @@ checkpoints = typer.Typer(help="Weights in and out: import, export, verify.", no
 app.add_typer(checkpoints, name="checkpoint")
 
 
-@checkpoints.command(
-    "import", epilog="Example: nitscale checkpoint import nit_xl.safetensors --preset nit-xl --out nit-xl"
-)
+@checkpoints.command("import", epilog="Example: nitscale checkpoint import nit_xl.safetensors --preset nit-xl")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="Published weights: .safetensors, .bin, .pt or .pth.")],
     preset: Annotated[str, typer.Option(help="The published model: nit-xl, fitv2-3b, …")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; default: runs/PRESET.")] = None,
 ) -> None:
     """Take in published weights. Missing, surplus and misshapen tensors are an error that lists them."""
     from nitscale.train.exchange import import_checkpoint
 
-    print(import_checkpoint(file, preset, out))
+    print(import_checkpoint(file, preset, out or Path("runs") / preset))
 
 
 @checkpoints.command("export", epilog="Example: nitscale checkpoint export runs/nit_xl nit_xl.safetensors")
@@ -189,9 +187,9 @@ def export_weights(
 @checkpoints.command(epilog="Example: nitscale checkpoint verify runs/nit_xl")
 def verify(checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]) -> None:
     """Check every file of a checkpoint against its manifest."""
-    from nitscale.train.checkpoint import find_checkpoint
+    from nitscale.checkpoints import find_weights
 
-    found = find_checkpoint(checkpoint)
+    found = find_weights(checkpoint)
     found.verify()
     print(f"checkpoint: {found.folder} is whole")
 

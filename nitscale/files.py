@@ -16,7 +16,7 @@ from pathlib import Path
 from nitscale.errors import UserError
 
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Lustre and some others are often mounted without support for locks."""
 NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -132,7 +132,8 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "change its permissions or choose another folder"
             ) from error
         if error.errno in NOT_A_FOLDER:
-            raise UserError(f"files: cannot write {path}: {error.filename} is in the way ({error.strerror})") from error
+            obstacle = error.filename2 or error.filename or path
+            raise UserError(f"files: cannot write {path}: {obstacle} is in the way ({error.strerror})") from error
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"files: cannot write {path}: the name is too long; choose a shorter folder") from error
         raise

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["NITSCALE_DEVICE"] = "cpu"  # bit-for-bit comparisons, and two ranks on machines with one GPU or none
 
 import pytest
 import torch

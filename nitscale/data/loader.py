@@ -38,7 +38,7 @@ Unreadable: TypeAlias = tuple[tuple[int, str], ...]
 Item: TypeAlias = tuple[Pack, Tensor, Unreadable]
 """What a worker makes of a pack: the tokens of its images, (N, F) float32."""
 
-TRAINERS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+TRAINERS_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """Signals that worker processes do not act on, unless the trainer sends them."""
 
 

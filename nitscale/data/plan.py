@@ -131,7 +131,7 @@ class Plan:
             sizes = [n for n in range(1, len(packs) + 1) if len(packs) % n == 0]
             raise UserError(
                 f"plan: {world_size} data-parallel ranks cannot share {len(packs)} packs a step evenly; "
-                f"use one of {', '.join(map(str, sizes))} ranks, or another train.packs_per_step in a new run"
+                f"use one of {', '.join(map(str, sizes))} ranks, or another data.packs_per_step in a new run"
             )
         ranks: list[list[Pack]] = [[] for _ in range(world_size)]
         lightest = [(0, rank) for rank in range(world_size)]  # a heap of (load, rank) of the ranks that are not full

@@ -43,8 +43,8 @@ class Judgement:
 
     classes: list[str]
     step: int
-    real: list[Tensor] = field(default_factory=list)
-    """A real picture of each class, for comparison."""
+    real: list[tuple[str, Tensor]] = field(default_factory=list)
+    """A real picture of each class and its name, for comparison."""
     samples: list[tuple[SampleRequest, Tensor]] = field(default_factory=list)
     groups: dict[str, list[Grid]] = field(default_factory=dict)
     agreement_by_size: dict[Grid, float] = field(default_factory=dict)
@@ -121,7 +121,8 @@ def judge(trained: TrainedModel, heldout: Dataset, pictures: Path | None) -> Jud
     labels = [int(label) for label in heldout.index.label[: len(real_latents)]]
     judgement.real_images = len(real_latents)
     decoded = [trained.codec.decode(z[None].to(trained.device))[0].clamp(-1, 1).cpu() for z in real_latents]
-    judgement.real = [decoded[labels.index(label)] for label in classes if label in labels]
+    names = heldout.manifest.classes  # a class with few photos may have none held out
+    judgement.real = [(names[y], decoded[labels.index(y)]) for y in range(len(names)) if y in labels][:MOST_CLASSES]
     if pictures is not None:
         judge_classes(judgement, find_images(pictures))
 

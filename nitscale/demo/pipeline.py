@@ -8,13 +8,8 @@ one process of many threads. How many steps fit into the time is measured once, 
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +20,16 @@ import yaml
 from data_prep.encode import encode_folder
 from data_prep.pipeline import EncodeConfig
 from data_prep.sources import find_images
+from nitscale.checkpoints import newest_whole
 from nitscale.config import load_config
-from nitscale.data.manifest import Dataset, load_dataset
+from nitscale.data.manifest import MANIFEST, Dataset, load_dataset
 from nitscale.demo.judge import Judgement, judge
+from nitscale.demo.ranks import run_ranks
 from nitscale.demo.report import write_report
 from nitscale.demo.shapes import draw_folder
 from nitscale.errors import UserError
 from nitscale.files import atomic_write, exclusive_lock
 from nitscale.generate.load import load_trained
-from nitscale.train.checkpoint import published
 from nitscale.train.config import RunConfig
 from nitscale.train.metrics import machine, versions
 
@@ -50,15 +46,9 @@ CALIBRATION_STEPS = 60
 CALIBRATION_STARTS = 20
 """Steps of the calibration that are not timed."""
 MOST_STEPS = 20_000
-MOST_RANKS = 8
-ONE_CORE = {
-    "OMP_NUM_THREADS": "1",
-    # Keep freed memory: glibc gives tensors of this size back to the system after each use, a sixth of a step.
-    "MALLOC_MMAP_THRESHOLD_": str(2**32 - 1),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-"""Environment of a rank that has one core."""
+MOST_RANKS = 4
+STEP_TOKENS = 1024
+"""Most tokens of a step, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class DemoConfig:
     """The user's own photos; None draws the built-in set."""
     minutes: float = 9.0
     """Of the whole job."""
-    reserve_s: float = 80.0
+    reserve_s: float = 75.0
     """Seconds kept for sampling, judging and the report, on two cores."""
 
 
@@ -90,6 +80,7 @@ def run_demo(demo: DemoConfig) -> None:
         with spent.stage("sample and judge"):
             say("sampling with guidance, then judging against real images never trained on")
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            torch.set_num_threads(1)  # packs are small: a second thread gains little, and loses much on a busy machine
             trained = load_trained(demo.out / "train", device)
             judgement = judge(
                 trained, held_out_images(demo), demo.out / "heldout_images" if demo.images is None else None
@@ -128,7 +119,8 @@ def split_photos(demo: DemoConfig) -> Path:
     for photo in photos.images:
         place[photo.label] += 1
         folder = "heldout_images" if place[photo.label] % 10 == 0 else "images"
-        link = demo.out / folder / photos.classes[photo.label] / photo.path.name
+        inside = photo.name if photo.name.startswith(f"{photos.classes[photo.label]}/") else f"photos/{photo.name}"
+        link = demo.out / folder / inside
         if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(photo.path.resolve())
@@ -143,12 +135,19 @@ def encode_all(demo: DemoConfig, images: Path) -> None:
     print(report.summary())
     if (demo.out / "heldout_images").exists():
         codec = load_dataset(demo.out / "latents").codec()
-        encode_folder(demo.out / "heldout_images", demo.out / "heldout", config, codec=codec)
+        try:
+            print(encode_folder(demo.out / "heldout_images", demo.out / "heldout", config, codec=codec).summary())
+        except UserError as error:
+            if demo.images is None:
+                raise
+            say(f"no photos are held out: {error}")
 
 
 def held_out_images(demo: DemoConfig) -> Dataset:
     """The real images to judge against. A handful of photos has none to spare, and is judged against itself."""
-    if (demo.out / "heldout").exists() and load_dataset(demo.out / "heldout").index.num_samples >= FEWEST_HELD_OUT:
+    if (demo.out / "heldout" / MANIFEST).exists() and load_dataset(
+        demo.out / "heldout"
+    ).index.num_samples >= FEWEST_HELD_OUT:
         return load_dataset(demo.out / "heldout")
     say(f"fewer than {FEWEST_HELD_OUT} photos are held out: the distance is to the photos trained on")
     return load_dataset(demo.out / "latents")
@@ -162,9 +161,9 @@ def prepare_training(demo: DemoConfig, spent_s: float) -> Path:
     ranks = number_of_ranks()
     dataset = load_dataset(demo.out / "latents")
     settings: dict[str, Any] = {
-        "base": os.path.relpath(RECIPE, path.parent),
+        "base": str(RECIPE),
         "run": str(demo.out / "train"),
-        "data": {"path": str(demo.out / "latents"), "packs_per_step": max(2, ranks)},
+        "data": {"path": str(demo.out / "latents"), "packs_per_step": ranks, "token_budget": STEP_TOKENS // ranks},
         "model": {"num_classes": len(dataset.manifest.classes)},
         "train": {"steps": CALIBRATION_STEPS, "log_every": CALIBRATION_STARTS, "checkpoint_every": 10**9},
     }
@@ -174,7 +173,10 @@ def prepare_training(demo: DemoConfig, spent_s: float) -> Path:
     atomic_write(demo.out / "calibration.yaml", yaml.safe_dump(settings | {"run": str(trial)}).encode())
     started = time.perf_counter()
     run_ranks(["train", str(demo.out / "calibration.yaml")], ranks, quiet=True)
-    lines = [json.loads(text) for text in (trial / "metrics.jsonl").read_text().splitlines()]
+    metrics = trial / "metrics.jsonl"
+    lines = [json.loads(text) for text in metrics.read_text().splitlines()] if metrics.exists() else []
+    if len(lines) < CALIBRATION_STEPS // CALIBRATION_STARTS:
+        raise UserError("demo: interrupted while measuring, nothing is lost; the same command goes on from here")
     step_s = sum(line["step_s"] for line in lines[1:]) / len(lines[1:])
     shutil.rmtree(trial, ignore_errors=True)
     start_up_s = 15.0
@@ -192,7 +194,8 @@ def train(config_path: Path, demo: DemoConfig) -> None:
     if completed_steps(config) >= config.train.steps:
         return
     say(f"training {config.train.steps:,} steps; watch it with: tensorboard --logdir {config.run}")
-    run_ranks(["train", str(config_path)], number_of_ranks())
+    # As many ranks as at the beginning, also if the machine has got others.
+    run_ranks(["train", str(config_path)], config.data.packs_per_step)
     if completed_steps(config) < config.train.steps:
         raise UserError(
             f"demo: stopped at step {completed_steps(config):,} of {config.train.steps:,}, nothing is lost; "
@@ -201,58 +204,15 @@ def train(config_path: Path, demo: DemoConfig) -> None:
 
 
 def completed_steps(config: RunConfig) -> int:
-    found = published(Path(config.run) / "checkpoints")
-    return found[-1].step if found else 0
+    found = newest_whole(Path(config.run) / "checkpoints")
+    return found.step if found else 0
 
 
 def number_of_ranks() -> int:
-    """One a GPU, or one a core."""
+    """One on a GPU, else one a core: a divisor of STEP_TOKENS."""
     if torch.cuda.is_available():
-        return torch.cuda.device_count()
+        return 1  # the model is too small to be worth more
     return min(len(os.sched_getaffinity(0)), MOST_RANKS)
-
-
-def run_ranks(arguments: Sequence[str], ranks: int, quiet: bool = False) -> None:
-    """`python -m nitscale ARGUMENTS` as a group of ranks on this machine; only the first speaks. Ctrl-C reaches all of
-    them, and is theirs to answer. UserError with the last words of a rank that failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    on_cpu = {} if torch.cuda.is_available() else ONE_CORE
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    processes = []
-    try:
-        for rank in range(ranks):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "nitscale", *arguments],
-                env=os.environ | shared | on_cpu | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL if quiet or rank else None,
-                stderr=subprocess.PIPE if quiet or rank else None,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-                text=True,
-            )
-            processes.append(process)
-        failed = wait_for_all(processes)
-    finally:
-        for process in processes:
-            process.kill()
-        signal.signal(signal.SIGINT, previous)
-    if failed is not None:
-        words = (failed.stderr.read() if failed.stderr else "").strip().splitlines()
-        raise UserError(f"demo: a training process failed: {words[-1] if words else 'see its message above'}")
-
-
-def wait_for_all(processes: Sequence[subprocess.Popen[str]]) -> subprocess.Popen[str] | None:
-    """Wait until all have ended well, or one has failed; that one."""
-    while True:
-        codes = [process.poll() for process in processes]
-        for process, code in zip(processes, codes, strict=True):
-            if code not in (None, 0):
-                return process
-        if None not in codes:
-            return None
-        time.sleep(0.05)
 
 
 def finish(demo: DemoConfig, judgement: Judgement, spent: "Stopwatch", this_run_s: float) -> None:

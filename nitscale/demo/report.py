@@ -62,7 +62,8 @@ def write_report(folder: Path, judgement: Judgement, result: dict[str, Any]) -> 
 
 def sheet_rows(judgement: Judgement) -> list[Row]:
     """Real pictures, then one row of samples, seed 0, for each size."""
-    rows = [Row("real pictures, held out", judgement.real, judgement.classes[: len(judgement.real)])]
+    names, pictures = zip(*judgement.real, strict=True)
+    rows = [Row("real pictures, held out", pictures, names)]
     for group, sizes in judgement.groups.items():
         for height, width in sizes:
             chosen = [

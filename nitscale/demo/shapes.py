@@ -2,7 +2,7 @@
 
 The class of a picture is its layout alone: colours, gradient, thickness and place vary, so that no colour and no single
 patch tells the class. Layouts are drawn in relation to the picture's own sides, so that they exist at every size and
-aspect ratio, and each is its own mirror image.
+aspect ratio; the mirror image of a picture is one of the same class.
 """
 
 import io

@@ -6,12 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nitscale.errors import UserError
+
 POOLED = 2
 """Cells a side of the coarse grid that a latent is averaged over."""
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½) of features (n₁, d) and (n₂, d), in float64."""
+    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½) of features (n₁, d) and (n₂, d), in float64.
+
+    UserError for fewer than two images on either side."""
+    if min(len(a), len(b)) < 2:
+        raise UserError(
+            f"evaluate: a Fréchet distance needs two images or more on both sides, got {len(a)} and {len(b)}"
+        )
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
     # tr (C₁ C₂)^½ = Σ √λ of the symmetric C₁^½ C₂ C₁^½, which has the same eigenvalues.

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
+from data_prep.images import UnreadableImage, decode_image
+from data_prep.pipeline import EncodeConfig
 from data_prep.sources import find_images
 from nitscale.autoencoders import Codec
 from nitscale.data.manifest import Dataset, load_dataset
@@ -23,9 +24,6 @@ def evaluate_folder(samples: Path, data: Path) -> str:
     found = [image.path for image in find_images(samples).images if image.path.name != "contact_sheet.png"]
     codec = dataset.codec()
     made = [image_latent(path, codec) for path in found]
-    for name, latents in ((samples, made), (data, real)):
-        if len(latents) < 2:
-            raise UserError(f"evaluate: {name} has {len(latents)} images; a distance needs at least 2, better 1,000")
     distance = frechet_distance(latent_features(made), latent_features(real))
     return (
         f"evaluate: Fréchet distance {distance:.3f} in latents, {len(made):,} samples against {len(real):,} real images"
@@ -51,6 +49,8 @@ def image_latent(path: Path, codec: Codec) -> Tensor:
 
 def read_image(path: Path) -> Tensor:
     """An image file → (3, H, W) in [-1, 1]."""
-    with Image.open(path) as file:
-        pixels = torch.from_numpy(np.array(file.convert("RGB")))
+    try:
+        pixels = torch.from_numpy(np.array(decode_image(path, EncodeConfig.max_input_pixels)))
+    except UnreadableImage as error:
+        raise UserError(f"evaluate: {path} cannot be read: {error}") from error
     return rearrange(pixels.float() / 127.5 - 1, "h w c -> c h w")

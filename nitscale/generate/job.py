@@ -80,4 +80,6 @@ def parse_seeds(text: str) -> list[int]:
             seeds += range(int(first), int(last or first) + 1)
     except ValueError:
         raise UserError(f"sample: --seeds {text!r} must be like 0-7 or 1,5,9") from None
+    if not seeds:
+        raise UserError(f"sample: --seeds {text!r} names no seed; write the smaller number first, e.g. 0-7")
     return seeds

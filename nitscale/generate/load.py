@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from nitscale.autoencoders import Codec, codec_from_spec
+from nitscale.checkpoints import find_weights
 from nitscale.config import build
 from nitscale.models.transformer import ModelConfig, PackedTransformer
-from nitscale.train.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> TrainedModel
 
     UserError if there is none, a file is damaged, or this build does not have the codec.
     """
-    checkpoint = find_checkpoint(path)
-    checkpoint.verify()
+    checkpoint = find_weights(path)
     about = checkpoint.model()
     codec = codec_from_spec(about["codec"])
     with torch.device("meta"):

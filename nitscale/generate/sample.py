@@ -132,7 +132,7 @@ def check_request(request: SampleRequest, multiple: int, num_classes: int, token
             f"sample: size {size} needs {2 * tokens:,} tokens with guidance, more than token_budget={token_budget:,}; "
             f"use --token-budget {2 * tokens}"
         )
-    if not 0 <= request.label <= num_classes:
+    if not 0 <= request.label < num_classes:
         raise UserError(f"sample: class {request.label} is not among 0 to {num_classes - 1}")
 
 

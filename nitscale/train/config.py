@@ -26,7 +26,7 @@ class DataConfig:
     packer: Literal["lpfhp"] = "lpfhp"
     """Longest-pack-first histogram packing (arXiv 2107.02027)."""
     lanes: int = 1
-    """Independent sample streams; divides packs_per_step. More lanes mean that a node reads fewer shards."""
+    """Independent sample streams; divides packs_per_step, and the data set has at least as many shards."""
     block_samples: int = 16384
     """Samples of a lane that are shuffled and packed together."""
     flip_probability: float = 0.5

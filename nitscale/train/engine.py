@@ -11,25 +11,30 @@ needs of it stands here as plain functions, and its quirks (measured with DeepSp
 - at stage 0 in fp32 the engine reports no gradient norm; it is taken before the step here.
 """
 
+import errno
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nitscale.errors import UserError
+from nitscale.layout import PackLayout
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for accelerators and warns of finding none
+ON_GPU = torch.cuda.is_available() and os.environ.get("NITSCALE_DEVICE") != "cpu"
+"""Whether training runs on GPUs: where there are some, unless NITSCALE_DEVICE=cpu."""
+if not ON_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for accelerators and warns of finding none
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
@@ -37,6 +42,9 @@ with warnings.catch_warnings():
     from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)
+"""Longest wait in a collective: rank 0 hashes and publishes a checkpoint while its peers wait."""
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -53,6 +61,12 @@ class OptimizerConfig:
     """Applied to every parameter, as the published recipes do."""
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.clip < 0:
+            raise ValueError("lr and eps must be positive, weight_decay and clip not negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
 
 
 @dataclass(frozen=True)
@@ -79,29 +93,75 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    control: Any = None
+    """Group for small messages between hosts, which must not wait for the GPU; None is the default group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @contextmanager
+    def together(self, purpose: str) -> Iterator[None]:
+        """A block that every rank enters: if it fails on one, it fails on all, and none waits for ever."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.world_size > 1:
+            reports: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(reports, None if failure is None else str(failure), group=self.control)
+            failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
+            if failed and failure is None:
+                raise UserError(f"could not {purpose} ({'; '.join(failed)})")
+        if failure is not None:
+            raise failure
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What rank 0 chooses, on every rank; its error too."""
+        choice: list[Any] = [None]
+        with self.together("go on without rank 0"):
+            if self.is_main:
+                choice[0] = choose()
+        if self.world_size > 1:
+            dist.broadcast_object_list(choice, src=0, group=self.control)
+        return choice[0]
+
+    def any_rank(self, condition: bool) -> bool:
+        """Whether the condition holds on some rank; the same answer on all."""
+        if self.world_size == 1:
+            return condition
+        flag = torch.tensor(condition, dtype=torch.int32)
+        if self.control is None:
+            flag = flag.to(self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(flag.item())
+
 
 def start_process() -> Process:
-    """Join the processes that torchrun or SLURM started, or form a group of one. Idempotent."""
+    """Join the processes that torchrun started, or form a group of one. Idempotent."""
     alone = "RANK" not in os.environ
-    if alone:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    if alone and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("train: srun started several tasks, but no RANK is set; start torchrun, one task a node")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if ON_GPU and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"train: LOCAL_RANK={local_rank}, but there are {torch.cuda.device_count()} GPUs; start fewer ranks"
+        )
+    device = torch.device("cuda", local_rank) if ON_GPU else torch.device("cpu")
+    if ON_GPU:
         torch.cuda.set_device(device)
+    else:
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    backend = "nccl" if ON_GPU else "gloo"
     if not dist.is_initialized():
-        if not on_gpu:
-            deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+        # A group of one needs no port; with `RANK` and the like in the environment, child processes would think that
+        # they belong to it.
+        one: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(backend, timeout=TIMEOUT, **one)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if ON_GPU and dist.get_world_size() > 1 else None
+    return Process(dist.get_rank(), dist.get_world_size(), device, control)
 
 
 def leave_process() -> NoReturn:
@@ -144,7 +204,7 @@ class Engine:
         self.config = config
         self.process = process
         self.accumulation = accumulation
-        self.clip = optimizer.clip
+        self.optimizer = optimizer
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         adamw = torch.optim.AdamW(
             parameters,
@@ -160,6 +220,7 @@ class Engine:
             "gradient_clipping": optimizer.clip,
             "zero_optimization": {"stage": config.zero_stage},
             "bf16": {"enabled": config.precision == "bf16"},
+            "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
         }
@@ -168,6 +229,10 @@ class Engine:
         )
         self.module: nn.Module = self.deepspeed.module
         self._grad_norm: Tensor | float | None = None
+
+    def forward(self, tokens: Tensor, t: Tensor, labels: Tensor, layout: PackLayout) -> Tensor:
+        """The model's velocity, through DeepSpeed's hooks."""
+        return self.deepspeed(tokens, t, labels, layout)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch. `loss` is this pack's share of the loss of the whole step."""
@@ -178,8 +243,7 @@ class Engine:
         if self.config.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_in_groups(lr=lr)
         self.deepspeed.step()
 
     def grad_norm(self) -> float:
@@ -235,11 +299,39 @@ class Engine:
             partitions[fragment.partition].view(-1)[fragment.offset : fragment.offset + fragment.numel] = slice_here
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer state under `folder`. All ranks must call it."""
-        self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        """Write this rank's part of weights and optimizer state under `folder`. All ranks must call it.
+
+        OSError where a file cannot be written, after all ranks are through: DeepSpeed ends in a barrier, which a rank
+        that leaves early would never reach.
+        """
+        failed: list[Exception] = []
+        writer = self.deepspeed.checkpoint_engine
+        write = writer.save
+
+        def write_or_note(state_dict: Any, path: str) -> None:
+            try:
+                write(state_dict, path)
+            except Exception as error:
+                failed.append(error)
+
+        writer.save = write_or_note
+        try:
+            self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        finally:
+            del writer.save
+        if failed:
+            # torch.save reports a disk that takes no more as RuntimeError("… unexpected pos …"), without the reason.
+            raise failed[0] if isinstance(failed[0], OSError) else OSError(errno.ENOSPC, str(failed[0])) from failed[0]
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote with the same world size and ZeRO stage."""
         path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise UserError(f"checkpoint: {folder} holds no engine state; choose another checkpoint")
+        # DeepSpeed puts back the saved hyper-parameters too; those of the configuration are meant.
+        config = self.optimizer
+        self._set_in_groups(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+    def _set_in_groups(self, **values: Any) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group.update(values)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from nitscale.checkpoints import find_weights, write_manifest, write_tensors
 from nitscale.config import build
 from nitscale.errors import UserError
 from nitscale.files import atomic_file, disk_errors, publish_folder
 from nitscale.models.presets import PRESETS
-from nitscale.models.reference import save_reference
+from nitscale.models.reference import published_conventions, save_reference
 from nitscale.models.transformer import ModelConfig, PackedTransformer
 from nitscale.models.weights import import_weights, read_weights, write_weights
-from nitscale.train.checkpoint import find_checkpoint, write_manifest
 
 CODECS: dict[str, dict[str, Any]] = {
     "nit": {"id": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "channels": 32, "factor": 32},
@@ -38,7 +37,7 @@ def import_checkpoint(file: Path, preset: str, out: Path) -> str:
     with disk_errors(out):
         try:
             staging.mkdir(parents=True)
-            save_file(dict(model.state_dict()), staging / "ema.safetensors")
+            write_tensors(staging / "ema.safetensors", model.state_dict())
             about = {
                 "model": asdict(model.config),
                 "codec": CODECS[model.config.published_as],
@@ -55,8 +54,7 @@ def import_checkpoint(file: Path, preset: str, out: Path) -> str:
 
 def export_checkpoint(path: Path, file: Path) -> str:
     """The averaged weights of a checkpoint, under the published code's names, as one file. One line that says so."""
-    checkpoint = find_checkpoint(path)
-    checkpoint.verify()
+    checkpoint = find_weights(path)
     with torch.device("meta"):
         model = PackedTransformer(build(ModelConfig, checkpoint.model()["model"], "model", {}))
     model.load_state_dict(checkpoint.ema(), assign=True)
@@ -68,4 +66,10 @@ def export_checkpoint(path: Path, file: Path) -> str:
             os.replace(renamed, temporary)
         finally:
             renamed.unlink(missing_ok=True)
-    return f"checkpoint: step {checkpoint.step} of {path} exported to {file}, {len(weights)} tensors"
+    line = f"checkpoint: step {checkpoint.step} of {path} exported to {file}, {len(weights)} tensors"
+    if model.config != published_conventions(model.config):
+        line += (
+            "\nwarning: this model was trained with other conventions than the published code has (order of RoPE's "
+            "coordinates, direction of time): there it gives other samples; see docs/fidelity.md"
+        )
+    return line

@@ -5,23 +5,25 @@ A step is `packs_per_step` packs over all ranks. Its data, noise, timesteps and 
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from nitscale.checkpoints import Checkpoint
 from nitscale.config import to_yaml
 from nitscale.data.loader import PackLoader
 from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Pack, Plan, PlanState, chain_digest
 from nitscale.errors import UserError
-from nitscale.files import atomic_write, exclusive_lock
+from nitscale.files import atomic_write, disk_errors, exclusive_lock
 from nitscale.flow.losses import reduce_tokens, squared_error
 from nitscale.flow.paths import interpolate
 from nitscale.flow.timesteps import sample_timesteps
@@ -36,6 +38,11 @@ from nitscale.train.engine import Engine, Process
 from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops, versions
 from nitscale.train.schedule import learning_rate_factor
 
+MOST_UNREADABLE = 0.01
+"""Share of the images since the last log line above which a run stops because of unreadable ones …"""
+FEWEST_UNREADABLE = 10
+"""… if there are more than this."""
+
 
 class Trainer:
     """One run on one process of it. `train()` goes on from the newest checkpoint of the run folder, if there is one."""
@@ -47,9 +54,9 @@ class Trainer:
         self.dataset = load_dataset(config.data.path)
         check_model_fits_data(config, self.dataset.manifest)
         self.plan = Plan(self.dataset, config.data.plan(config.seed, config.model.patch_size))
-        self.plan.assign(self.plan.step(self.plan.start())[0], process.world_size)  # refuses a wrong world size
         self.model = PackedTransformer(config.model)
         self.model.initialize(config.seed)
+        self.plan.assign(self.plan.step(self.plan.start())[0], process.world_size)  # refuses a wrong world size
         accumulation = config.data.packs_per_step // process.world_size
         self.model.to(process.device)
         self.engine = Engine(self.model, config.optimizer, config.engine, process, accumulation)
@@ -61,6 +68,7 @@ class Trainer:
         self.tokens = 0
         self.images = 0
         self.digest = ""
+        self.images_at_log = 0
         self.stop_requested = False
         self.saved_step = -1
 
@@ -68,6 +76,10 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop; either way the last step done is in a checkpoint.
         True if the run is complete."""
         self.resume()
+        with self.process.together(f"write {self.run}"):
+            if self.process.is_main:
+                atomic_write(self.run / "config.yaml", to_yaml(self.config).encode())
+                atomic_write(self.run / "environment.json", json.dumps(machine() | versions(), indent=1).encode())
         if self.step >= self.config.train.steps:
             return True
         loader = PackLoader(
@@ -84,14 +96,15 @@ class Trainer:
         self.since_log = StepClock()
         packs = iter(loader)
         try:
-            while self.step < self.config.train.steps and not self.all_agree_to_stop():
+            while self.step < self.config.train.steps and not self.process.any_rank(self.stop_requested):
                 line = self.train_step(packs)
                 metrics.advance()
                 if line is not None:
-                    metrics.write(line)
+                    with self.process.together("log"):
+                        metrics.write(line)
                 if self.step % self.config.train.checkpoint_every == 0:
                     self.save()
-            if self.saved_step != self.step:
+            if self.step and self.saved_step != self.step:
                 self.save()
         finally:
             packs.close()
@@ -111,11 +124,12 @@ class Trainer:
             began = time.perf_counter()
             self.note_unreadable(batch)
             assert batch.step == self.step, f"loader is at step {batch.step}, trainer at {self.step}"
-            self.engine.backward(self.pack_loss(batch.to(self.process.device, non_blocking=True), step_tokens))
-            computed = time.perf_counter()
-            self.engine.step(config.optimizer.lr * factor)
+            loss = self.pack_loss(batch.to(self.process.device, non_blocking=True), step_tokens)
+            # The forward alone: the backward ends in a reduction, where all wait for the slowest.
+            self.statistics.compute_s += time.perf_counter() - began
             self.statistics.wait_s += batch.data_wait_s
-            self.statistics.compute_s += computed - began
+            self.engine.backward(loss)
+            self.engine.step(config.optimizer.lr * factor)
         self.ema.update(self.step)
         self.step += 1
         self.tokens += step_tokens
@@ -143,14 +157,16 @@ class Trainer:
         drop = bernoulli(layout.num_segments, config.model.class_dropout, config.seed, "label drop", *key)
         labels = torch.where(torch.from_numpy(drop).to(device), config.model.num_classes, batch.labels)
         noisy, velocity = interpolate(batch.tokens, noise, t, layout)
-        error = squared_error(self.engine.deepspeed(noisy, t, labels, layout), velocity)
+        error = squared_error(self.engine.forward(noisy, t, labels, layout), velocity)
         self.statistics.add(error, batch.weights, t, layout)
         return reduce_tokens(error, layout, weights=batch.weights, total=step_tokens)
 
     def note_unreadable(self, batch: PackedBatch) -> None:
         """One line of quarantine.jsonl for each image of the pack that could not be read; it trains with weight 0."""
+        self.statistics.unreadable += len(batch.unreadable)
         if batch.unreadable:
-            with (self.run / "quarantine.jsonl").open("a") as ledger:
+            ledger_path = self.run / "quarantine.jsonl"
+            with disk_errors(ledger_path), ledger_path.open("a") as ledger:
                 for sample_id, reason in batch.unreadable:
                     name = self.dataset.index.key(sample_id)
                     ledger.write(
@@ -158,20 +174,34 @@ class Trainer:
                     )
 
     def log_line(self, lr: float) -> dict[str, Any]:
-        """The metrics since the last line. All ranks must call it."""
+        """The metrics since the last line. All ranks must call it. UserError, on all, if the run must not go on."""
+        config = self.config
         line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "images": self.images}
         line |= self.statistics.reduce()
-        line |= {"grad_norm": self.engine.grad_norm(), "lr": lr} | self.since_log.take(self)
+        line |= {"grad_norm": self.engine.grad_norm(), "lr": lr} | self.since_log.describe(self)
+        self.since_log = StepClock()
         line |= {"memory_gib": memory_gib(self.process.device), "data_digest": self.digest}
-        if not (line["loss"] < float("inf")):
+        self.refuse_broken_loss(line["loss"])
+        images = self.images - self.images_at_log
+        if line["unreadable"] > max(MOST_UNREADABLE * images, FEWEST_UNREADABLE):
             raise UserError(
-                f"train: the loss at step {self.step} is {line['loss']}; lower optimizer.lr or set model.qk_norm, "
-                f"then run again: it goes on from the last checkpoint in {self.checkpointer.folder}"
+                f"train: {line['unreadable']} of the last {images:,} images could not be read, see "
+                f"{self.run / 'quarantine.jsonl'}; mend the data set at {config.data.path}, then run again"
             )
+        self.images_at_log = self.images
         return line
 
+    def refuse_broken_loss(self, loss: float) -> None:
+        """UserError on all ranks if the loss is not finite on one of them."""
+        if self.process.any_rank(not math.isfinite(loss)):
+            raise UserError(
+                f"train: the loss at step {self.step} is {loss}; lower optimizer.lr or set model.qk_norm, then run "
+                f"again: it goes on from the last checkpoint in {self.checkpointer.folder}"
+            )
+
     def save(self) -> None:
-        """Publish a checkpoint of the current step. All ranks must call it."""
+        """Publish a checkpoint of the current step, if its loss is finite. All ranks must call it."""
+        self.refuse_broken_loss(self.statistics.sums[0].item())
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -198,33 +228,40 @@ class Trainer:
         if checkpoint is None:
             return
         state = checkpoint.state()
+        self.check_same_model(checkpoint)
         self.plan_state = self.plan.load_state(state["plan"])
         self.checkpointer.load(checkpoint, self.engine)
         self.ema.load_state_dict(checkpoint.ema())
         self.step = self.saved_step = state["step"]
         self.tokens, self.images, self.digest = state["tokens"], state["images"], state["data_digest"]
+        self.images_at_log = self.images
         if self.process.is_main:
             print(
                 f"train: resumed from {checkpoint.folder} at step {self.step} of {self.config.train.steps}", flush=True
             )
 
+    def check_same_model(self, checkpoint: Checkpoint) -> None:
+        """UserError that names the fields in which the configured model differs from the checkpoint's."""
+        before, now = checkpoint.model()["model"], json.loads(json.dumps(asdict(self.config.model)))
+        differing = [f"model.{k} is {now.get(k)!r}, was {before.get(k)!r}" for k in now if now.get(k) != before.get(k)]
+        if differing:
+            raise UserError(
+                f"train: cannot resume {checkpoint.folder} with another model: {'; '.join(differing)}; set it back, or "
+                "give another run folder"
+            )
+
     def catch_signals(self) -> dict[int, Any]:
-        """Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress; a second Ctrl-C ends it at once."""
+        """Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress. A Ctrl-C two seconds or more after the
+        first ends it at once; within them, it is a launcher that passes on what the terminal already sent."""
+        asked: list[float] = []
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested and number == signal.SIGINT:
+            if asked and number == signal.SIGINT and time.monotonic() - asked[0] > 2:
                 raise KeyboardInterrupt
+            asked.append(time.monotonic())
             self.stop_requested = True
 
         return {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-
-    def all_agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all."""
-        if self.process.world_size == 1:
-            return self.stop_requested
-        flag = torch.tensor(self.stop_requested, dtype=torch.int32, device=self.process.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 class StepClock:
@@ -244,12 +281,12 @@ class StepClock:
         costs = [sum(pack.cost for pack in share) for share in trainer.plan.assign(planned, world_size)]
         self.imbalance += max(costs) / (sum(costs) / len(costs))
 
-    def take(self, trainer: Trainer) -> dict[str, Any]:
-        """What was measured; begins anew."""
+    def describe(self, trainer: Trainer) -> dict[str, Any]:
+        """What was measured, for the log line."""
         seconds = time.perf_counter() - self.began
         peak = peak_flops(trainer.process.device)
         flops_per_s = self.flops / seconds / trainer.process.world_size
-        line = {
+        return {
             "tokens_per_s": self.tokens / seconds,
             "step_s": seconds / self.steps,
             "tflops_per_device": flops_per_s / 1e12,
@@ -257,8 +294,6 @@ class StepClock:
             "fill": self.tokens / self.capacity,
             "imbalance_predicted": self.imbalance / self.steps,
         }
-        self.__init__()  # type: ignore[misc]
-        return line
 
 
 def check_model_fits_data(config: RunConfig, manifest: Any) -> None:
@@ -278,9 +313,8 @@ def check_model_fits_data(config: RunConfig, manifest: Any) -> None:
 def run_training(config: RunConfig, process: Process) -> bool:
     """Train `config` in its run folder, which one training at a time may use. True if the run is complete."""
     run = Path(config.run)
-    if process.is_main:
-        with exclusive_lock(run / ".lock", f"training in {run}"):
-            atomic_write(run / "config.yaml", to_yaml(config).encode())
-            atomic_write(run / "environment.json", json.dumps(machine() | versions(), indent=1).encode())
-            return Trainer(config, process).train()
-    return Trainer(config, process).train()
+    with ExitStack() as stack:
+        with process.together(f"lock {run}"):
+            if process.is_main:
+                stack.enter_context(exclusive_lock(run / ".lock", f"training in {run}"))
+        return Trainer(config, process).train()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nitscale.files import disk_errors
+from nitscale.files import atomic_write, disk_errors
 from nitscale.layout import PackLayout
 from nitscale.train.engine import Process
 
@@ -34,8 +34,13 @@ class StepStatistics:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.sums = torch.zeros(2 + 2 * QUARTILES, dtype=torch.float64, device=process.device)
+        self.began = time.perf_counter()
         self.compute_s = 0.0
+        """Seconds of this rank's forward passes."""
         self.wait_s = 0.0
+        """Seconds that this rank waited for data."""
+        self.unreadable = 0
+        """Images of this rank that could not be read."""
 
     @torch.no_grad()
     def add(self, squared_error: Tensor, weights: Tensor, t: Tensor, layout: PackLayout) -> None:
@@ -52,22 +57,25 @@ class StepStatistics:
 
     def reduce(self) -> dict[str, Any]:
         """The sums of all ranks as means, and a fresh start. All ranks must call it."""
-        times = torch.tensor([self.compute_s, self.wait_s], dtype=torch.float64, device=self.process.device)
+        wall_s = time.perf_counter() - self.began
+        own = [self.compute_s, self.wait_s / wall_s, float(self.unreadable)]
+        times = torch.tensor(own, dtype=torch.float64, device=self.process.device)
         slowest = times.clone()
         if self.process.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(times)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         loss, tokens, *rest = self.sums.tolist()
-        mean_compute, mean_wait = (times / self.process.world_size).tolist()
-        line = {"loss": loss / max(tokens, 1)}
+        mean_compute, data_wait, _ = (times / self.process.world_size).tolist()
+        line: dict[str, Any] = {"loss": loss / max(tokens, 1)}
         for i in range(QUARTILES):
             count = rest[QUARTILES + i]
             line[f"loss_t{i}"] = rest[i] / count if count else None
         line["imbalance_observed"] = slowest[0].item() / mean_compute if mean_compute else 1.0
-        line["data_wait"] = mean_wait / max(mean_wait + mean_compute, 1e-9)
+        line["data_wait"] = data_wait
+        line["unreadable"] = round(times[2].item())
         self.sums.zero_()
-        self.compute_s = self.wait_s = 0.0
+        self.began, self.compute_s, self.wait_s, self.unreadable = time.perf_counter(), 0.0, 0.0, 0
         return line
 
 
@@ -117,7 +125,7 @@ def truncate_after(path: Path, step: int) -> None:
             continue
         if line["step"] <= step:
             kept.append(text)
-    path.write_text("".join(f"{text}\n" for text in kept))
+    atomic_write(path, "".join(f"{text}\n" for text in kept).encode())
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -28,7 +28,7 @@ class ScheduleConfig:
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """Factor of the learning rate at `step` (0-based) of a run of `steps`."""
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    progress = step / max(steps, 1)
+    progress = step / max(steps - 1, 1)
     if schedule.kind == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule.kind == "wsd":

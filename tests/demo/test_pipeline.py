@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nitscale.checkpoints import published
 from nitscale.demo import judge, pipeline
 from nitscale.demo.pipeline import DemoConfig, run_demo
+from nitscale.demo.ranks import run_ranks
 from nitscale.errors import UserError
 from nitscale.generate.sample import SamplerConfig
-from nitscale.train.checkpoint import published
 
 SMALL = {
     "pipeline.PICTURES": 48,
@@ -47,7 +48,11 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
     script = SCRIPT.format(settings=settings, folder=str(folder))
     demo = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     metrics = folder / "train" / "metrics.jsonl"
@@ -71,7 +76,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_ends_with_a_report(inte
     assert {p: p.stat().st_mtime_ns for p in interrupted.glob("*/shards/*.tar")} == shards
     assert published(interrupted / "train" / "checkpoints")[-1].step == 40
     report = json.loads((interrupted / "report.json").read_text())
-    named = "agreement_trained agreement_unseen classifier_on_real frechet_samples frechet_noise seconds machine versions"
+    named = (
+        "agreement_trained agreement_unseen classifier_on_real frechet_samples frechet_noise seconds machine versions"
+    )
     assert set(named.split()) <= report.keys()
     assert report["classifier_on_real"] >= 0.97 and 0 <= report["agreement_trained"] <= 1
     assert report["seconds"] > 0 and report["versions"]["torch"]
@@ -94,7 +101,7 @@ def test_two_demos_at_once_in_one_folder_are_refused(tmp_path):
 
 def test_a_failed_rank_ends_the_others_and_its_words_are_passed_on(tmp_path):
     with pytest.raises(UserError, match=r"a training process failed: error: config: no file"):
-        pipeline.run_ranks(["train", str(tmp_path / "absent.yaml")], ranks=2, quiet=True)
+        run_ranks(["train", str(tmp_path / "absent.yaml")], ranks=2, quiet=True)
 
 
 def test_own_photos_are_split_by_class_and_every_tenth_is_held_out(tmp_path):
@@ -106,7 +113,9 @@ def test_own_photos_are_split_by_class_and_every_tenth_is_held_out(tmp_path):
     demo = DemoConfig(tmp_path / "out", tmp_path / "photos")
     for _ in range(2):
         pipeline.prepare_images(demo)
-        counts = {f.name: len(list((tmp_path / "out" / f).rglob("*.png"))) for f in (Path("images"), Path("heldout_images"))}
+        counts = {
+            f.name: len(list((tmp_path / "out" / f).rglob("*.png"))) for f in (Path("images"), Path("heldout_images"))
+        }
         assert counts == {"images": 27, "heldout_images": 2}
 
 

@@ -33,9 +33,9 @@ def test_a_picture_does_not_depend_on_what_it_is_sampled_with(trained_run, sampl
 
 
 def test_the_averaged_weights_are_what_is_sampled(trained_run):
-    from nitscale.train.checkpoint import find_checkpoint
+    from nitscale.checkpoints import find_weights
 
-    ema = find_checkpoint(trained_run).ema()
+    ema = find_weights(trained_run).ema()
     for name, parameter in load_trained(trained_run).model.named_parameters():
         assert torch.equal(parameter, ema[name])
 

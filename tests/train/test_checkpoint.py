@@ -1,14 +1,14 @@
 """Checkpoints: whole or absent."""
 
-import errno
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from nitscale.checkpoints import find_weights, newest_whole, published
 from nitscale.errors import UserError
-from nitscale.train import checkpoint as module
-from nitscale.train.checkpoint import find_checkpoint, published
 from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
 from tests.train.tiny import differences, final_state, tiny_run
@@ -56,20 +56,75 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_deletes_nothing(fin
     assert len(published(tmp_path / "run" / "checkpoints")) == 2
 
 
-def test_a_full_disk_while_saving_keeps_the_checkpoint_before(finished, shapes_dataset, tmp_path, monkeypatch):
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+
+import torch
+
+from nitscale.checkpoints import write_tensors
+from nitscale.errors import UserError
+from nitscale.files import disk_errors
+from nitscale.train.engine import start_process
+from nitscale.train.loop import run_training
+from tests.train.tiny import tiny_run
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # no file may grow beyond 100 kB
+run, dataset = map(Path, sys.argv[1:])
+for write in (
+    lambda: run_training(tiny_run(run, dataset), start_process()),
+    lambda: write_tensors(run / "weights", {"a": torch.zeros(100_000)}),
+):
+    try:
+        with disk_errors(run):
+            write()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_while_saving_keeps_the_checkpoint_before(finished, shapes_dataset, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        train(tiny_run(tmp_path / "run", shapes_dataset))
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run"), str(shapes_dataset)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert output.stdout.count("the disk is full: cannot write") == 2, output.stdout + output.stderr
     assert [c.step for c in published(tmp_path / "run" / "checkpoints")] == [4]
-    monkeypatch.undo()
     assert train(tiny_run(tmp_path / "run", shapes_dataset))
     assert differences(final_state(finished), final_state(tmp_path / "run")) == []
+
+
+def test_a_newer_damaged_checkpoint_does_not_push_out_good_ones(finished, shapes_dataset, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000008" / "ema.safetensors").write_bytes(b"")
+    options = ("train.keep_last=1", "train.checkpoint_every=2", "train.steps=6")
+    train(tiny_run(tmp_path / "run", shapes_dataset, *options))
+    assert [c.folder.name for c in published(folder)] == ["step-00000006", "step-00000008"]
+    assert newest_whole(folder).step == 6
+
+
+def test_what_killed_runs_left_is_removed(finished, shapes_dataset, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in (".staging-step-00000003", ".trash-step-00000001"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    train(tiny_run(tmp_path / "run", shapes_dataset, "train.steps=9"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_another_model_is_refused_with_the_differing_field(finished, shapes_dataset):
+    with pytest.raises(UserError, match=r"model\.depth is 3, was 2"):
+        train(tiny_run(finished, shapes_dataset, "model.depth=3", "train.steps=9"))
+    assert "depth: 2" in (finished / "config.yaml").read_text()
+
+
+def test_a_manifest_that_is_valid_json_but_not_a_manifest_is_named(finished, tmp_path):
+    shutil.copytree(published(finished / "checkpoints")[-1].folder, tmp_path / "step-00000008")
+    for content, words in {"{}": "is damaged", '{"files": {}, "format": 99}': "format 99"}.items():
+        (tmp_path / "step-00000008" / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            find_weights(tmp_path / "step-00000008")
 
 
 def test_only_the_newest_checkpoints_are_kept(shapes_dataset, tmp_path):
@@ -84,4 +139,4 @@ def test_a_checkpoint_of_another_zero_stage_is_refused(finished, shapes_dataset)
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):
     with pytest.raises(UserError, match="give a run folder"):
-        find_checkpoint(tmp_path)
+        find_weights(tmp_path)

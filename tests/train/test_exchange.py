@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nitscale.checkpoints import find_weights
 from nitscale.errors import UserError
 from nitscale.generate.load import load_trained
 from nitscale.models import presets
 from nitscale.models.reference import save_reference
 from nitscale.models.transformer import PackedTransformer
 from nitscale.models.weights import read_weights, write_weights
-from nitscale.train.checkpoint import find_checkpoint
 from nitscale.train.exchange import export_checkpoint, import_checkpoint
 
 
@@ -31,7 +31,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_imported_and_exported_weights_are_the_same_file(published: Path, tmp_path: Path) -> None:
     assert "imported as nit-s" in import_checkpoint(published, "nit-s", tmp_path / "imported")
-    find_checkpoint(tmp_path / "imported").verify()
+    find_weights(tmp_path / "imported").verify()
     export_checkpoint(tmp_path / "imported", tmp_path / "exported.safetensors")
     assert (tmp_path / "exported.safetensors").read_bytes() == published.read_bytes()
     export_checkpoint(tmp_path / "imported", tmp_path / "exported.pt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nitscale.checkpoints import published
 from nitscale.config import to_yaml
 from nitscale.data.loader import read_pack
 from nitscale.data.manifest import load_dataset
@@ -17,7 +19,6 @@ from nitscale.data.plan import Plan
 from nitscale.errors import UserError
 from nitscale.models.transformer import PackedTransformer
 from nitscale.randomness import bernoulli, torch_generator
-from nitscale.train.checkpoint import published
 from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
 from tests.train.tiny import differences, final_state, metrics, tiny_run
@@ -175,8 +176,6 @@ def test_two_trainings_at_once_in_one_folder_are_refused(undisturbed, shapes_dat
 
 
 def test_an_unreadable_sample_keeps_its_place_and_is_listed(undisturbed, shapes_dataset, tmp_path):
-    import shutil
-
     broken = tmp_path / "data"
     shutil.copytree(shapes_dataset, broken)
     reference = load_dataset(broken).index.ref(5)
@@ -189,3 +188,19 @@ def test_an_unreadable_sample_keeps_its_place_and_is_listed(undisturbed, shapes_
     assert [m["data_digest"] for m in ours] == [m["data_digest"] for m in theirs]
     ledger = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {entry["sample"] for entry in ledger} == {5}
+
+
+def test_a_data_set_that_cannot_be_read_stops_the_run(shapes_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("nitscale.data.loader.RETRY_DELAYS", ())
+    shutil.copytree(shapes_dataset, tmp_path / "data")
+    for shard in (tmp_path / "data" / "shards").iterdir():
+        shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(UserError, match=r"images could not be read, see .*quarantine\.jsonl"):
+        train(tiny_run(tmp_path / "run", tmp_path / "data"))
+    assert not published(tmp_path / "run" / "checkpoints")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(shapes_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"the loss at step \d is (nan|inf); lower optimizer\.lr"):
+        train(tiny_run(tmp_path, shapes_dataset, "optimizer.lr=1e30", "train.log_every=100"))
+    assert not published(tmp_path / "checkpoints")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from nitscale.checkpoints import published
 from nitscale.config import load_config
-from nitscale.train.checkpoint import published
 from nitscale.train.config import RunConfig
 
 
