@@ -85,7 +85,7 @@ def numbers_table(judgement: Judgement) -> str:
         for group, sizes in judgement.groups.items():
             rows.append((f"class agreement, {GROUP_TITLES[group]}", f"{judgement.agreement(group):.1%}"))
             rows += [(f"\u2003{h} x {w}", f"{judgement.agreement_by_size[h, w]:.0%}") for h, w in sizes]
-        rows += [(f"\u2003{name}", f"{value:.0%}") for name, value in judgement.agreement_by_class.items()]
+        rows += [(f"agreement of {name}", f"{value:.0%}") for name, value in judgement.agreement_by_class.items()]
     rows.append(
         (f"Fréchet distance to {judgement.real_images} real latents, samples", f"{judgement.frechet_samples:.2f}")
     )

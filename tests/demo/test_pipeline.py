@@ -21,7 +21,7 @@ from nitscale.generate.sample import SamplerConfig
 SMALL = {
     "pipeline.PICTURES": 48,
     "pipeline.HELD_OUT": 24,
-    "pipeline.MOST_STEPS": 40,
+    "pipeline.MOST_STEPS": 120,
     "pipeline.CALIBRATION_STEPS": 4,
     "pipeline.CALIBRATION_STARTS": 2,
     "pipeline.MOST_RANKS": 2,
@@ -67,14 +67,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_ends_with_a_report(interrupted, monkeypatch, capsys):
     (stopped,) = published(interrupted / "train" / "checkpoints")
-    assert 20 <= stopped.step < 40
+    assert 20 <= stopped.step < 120
     shards = {p: p.stat().st_mtime_ns for p in interrupted.glob("*/shards/*.tar")}
     assert shards
     for name, value in SMALL.items():
         monkeypatch.setattr(f"nitscale.demo.{name}", value)
     run_demo(DemoConfig(interrupted))
     assert {p: p.stat().st_mtime_ns for p in interrupted.glob("*/shards/*.tar")} == shards
-    assert published(interrupted / "train" / "checkpoints")[-1].step == 40
+    assert published(interrupted / "train" / "checkpoints")[-1].step == 120
     report = json.loads((interrupted / "report.json").read_text())
     named = (
         "agreement_trained agreement_unseen classifier_on_real frechet_samples frechet_noise seconds machine versions"
