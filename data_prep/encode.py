@@ -180,10 +180,11 @@ class EncodeJob:
     def make_partition(self, name: str, sources: list[ImageSource], bar: tqdm) -> Commit:
         """Encode one partition and commit it: shard, then index, then marker."""
         commit: Commit = {"name": name, "samples": 0, "tokens": 0, "grids": {}, "failures": []}
-        labels = {label: number for number, label in enumerate(self.folder.classes)}
         with suppress(NoReadableImage), self.storage.create(f"shards/{name}.tar") as path:
             self.write_shard(path, sources, commit, bar)
-            arrays, commit["sha256"] = index_shard(path, labels)
+            arrays = index_shard(path, ["native"])
+            with open(path, "rb") as file:
+                commit["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             commit["bytes"] = path.stat().st_size
         if commit["samples"]:
             assert len(arrays["keys"]) == commit["samples"]
@@ -206,6 +207,8 @@ class EncodeJob:
                 metadata = {
                     "key": item.source.key,
                     "class": self.folder.classes[item.source.label],
+                    "label": item.source.label,
+                    "rendition": "native",
                     "image_size": list(item.image_size),
                     "grid": [rows, columns],
                     "source": item.source.name,
@@ -291,7 +294,11 @@ def build_manifest(commits: Iterable[Commit], codec: Codec, classes: Iterable[st
         samples=sum(commit["samples"] for commit in filled),
         tokens=sum(commit["tokens"] for commit in filled),
         grids=dict(sorted(grids.items())),
-        shards=[{n: commit[n] for n in ("name", "samples", "bytes", "sha256", "index_sha256")} for commit in filled],
+        shards=[
+            {"tar": f"shards/{commit['name']}.tar", "index": f"index/{commit['name']}.npz"}
+            | {name: commit[name] for name in ("samples", "bytes", "sha256", "index_sha256")}
+            for commit in filled
+        ],
     )
 
 

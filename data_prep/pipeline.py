@@ -76,7 +76,7 @@ class EncodedImage:
     """One image's latents."""
 
     source: ImageSource
-    latents: np.ndarray
+    latents: Tensor
     """(2, c, h, w) float16: of the image and of its mirror image."""
     image_size: tuple[int, int]
     """(height, width) of the file."""
@@ -157,7 +157,7 @@ def encode_window(
             items = [item for item in (window[i] for i in chosen) if isinstance(item, Prepared)]
             latents = encode_batch(np.stack([item.pixels for item in items]), codec, device)
             for position, item, pair in zip(chosen, items, latents, strict=True):
-                if np.isfinite(pair).all():
+                if pair.isfinite().all():
                     results[position] = EncodedImage(item.source, pair, item.image_size)
                 else:
                     results[position] = Failure(item.source.name, "its latent is not finite in float16")
@@ -165,11 +165,11 @@ def encode_window(
 
 
 @torch.inference_mode()
-def encode_batch(pixels: np.ndarray, codec: Codec, device: torch.device | str) -> np.ndarray:
+def encode_batch(pixels: np.ndarray, codec: Codec, device: torch.device | str) -> Tensor:
     """Images (b, H, W, 3) uint8 → latents (b, 2, c, h, w) float16 of the images and of their mirror images."""
     images = to_float(torch.from_numpy(pixels).to(device))
     latents = codec.encode(torch.cat([images, images.flip(-1)]))
-    return rearrange(latents.half().cpu().numpy(), "(two b) c h w -> b two c h w", two=2)
+    return rearrange(latents.half().cpu(), "(two b) c h w -> b two c h w", two=2)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class PackedBatch:
     """One pack of a step, as the loader hands it to the trainer: one micro-batch of one data-parallel rank."""
 
     tokens: Tensor
-    """(N, F) float32: clean latent tokens, features in the order (c p1 p2)."""
+    """(N, F) in the dtype in which they are stored: clean latent tokens, features in the order (c p1 p2)."""
     labels: Tensor
     """(n,) int64: class of each image."""
     layout: PackLayout

@@ -1,13 +1,17 @@
 """The index: where each sample of a dataset lies and what it is, without opening a shard.
 
-`index/NNNNNN.npz` belongs to `shards/NNNNNN.tar` and is a pure function of it: `index_shard` reads the finished tar
-back. A sample's id is its position in the concatenation of all shards' indices, in the manifest's order.
+An index file belongs to one shard and is a pure function of it: `index_shard` reads the finished tar back. A sample's
+id is its position in the concatenation of all shards' indices, in the manifest's order.
 """
 
 import hashlib
 import io
 import json
+import math
 import tarfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,50 +19,67 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from nitscale.data.shards import LATENT_SUFFIX, LatentRef, UnreadableSample, latent_header
+from nitscale.data.shards import EXTRA_MEMBERS, LATENT_SUFFIXES, LatentRef, UnreadableSample, latent_header
 from nitscale.data.storage import Storage
 from nitscale.errors import UserError
 
 COLUMNS = {
     "offset": np.int64,
-    "length": np.int64,
     "rows": np.int32,
     "columns": np.int32,
     "label": np.int32,
+    "rendition": np.uint8,
     "crc32c": np.uint32,
 }
-"""Arrays of an index file beside `keys` (bytes, UTF-8); one entry a sample. Rows and columns are the latent's."""
+"""Arrays of an index file beside `keys` (bytes, UTF-8); one entry a sample. Offset is the first byte of the latent's
+numbers, rows and columns are the latent's, and crc32c is (n, v), one for each variant. The optional members "image" and
+"text" have three more each: MEMBER_offset, MEMBER_length, MEMBER_crc32c."""
+READERS = 16
+"""Index files that are read at once when a dataset is opened: an object store answers slowly, but many at a time."""
 
 
-def index_shard(path: Path, labels: dict[str, int]) -> tuple[dict[str, np.ndarray], str]:
-    """Index of a finished shard on local disk, and the sha256 of its bytes. `labels` numbers the class names.
+def index_shard(path: Path, renditions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Index of a finished shard on local disk. `renditions` numbers the resize rules.
 
     ValueError if the shard is not what ShardWriter writes.
     """
-    keys: list[bytes] = []
-    table: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    metadata: dict[str, Any] = {}
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                file.seek(member.offset_data)
-                payload = file.read(member.size)
-                if member.name.endswith(".json"):
-                    metadata = json.loads(payload)
-                    continue
-                key = member.name.removesuffix(LATENT_SUFFIX)
+    samples: list[dict[str, Any]] = []
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            file.seek(member.offset_data)
+            payload = file.read(member.size)
+            key, _, suffix = member.name.rpartition("/")[2].partition(".")
+            key = member.name[: len(member.name) - len(suffix) - 1]
+            if not samples or samples[-1]["key"] != key:
+                samples.append({"key": key})
+            sample, suffix = samples[-1], f".{suffix}"
+            if suffix == ".json":
+                metadata = json.loads(payload)
+                sample |= {"label": metadata["label"], "rendition": renditions.index(metadata["rendition"])}
+            elif suffix in LATENT_SUFFIXES:
                 try:
-                    shape, _ = latent_header(payload)
+                    _, shape, start = latent_header(suffix, payload)
                 except UnreadableSample as error:
                     raise ValueError(f"index: {path.name}: {member.name}: {error}") from error
-                keys.append(key.encode())
-                row = (member.offset_data, member.size, *shape[2:], labels[metadata["class"]])
-                for name, value in zip(COLUMNS, (*row, google_crc32c.value(payload)), strict=True):
-                    table[name].append(value)
-    arrays = {name: np.array(table[name], dtype) for name, dtype in COLUMNS.items()}
-    return {"keys": np.array(keys, np.bytes_), **arrays}, digest
+                variants = np.frombuffer(payload, np.uint8, offset=start).reshape(shape[0], -1)
+                sample |= {"offset": member.offset_data + start, "rows": shape[2], "columns": shape[3]}
+                sample |= {"crc32c": [google_crc32c.value(variant.tobytes()) for variant in variants]}
+            else:
+                name = next(name for name, extra in EXTRA_MEMBERS.items() if extra == suffix)
+                sample |= {f"{name}_offset": member.offset_data, f"{name}_length": member.size}
+                sample |= {f"{name}_crc32c": google_crc32c.value(payload)}
+    kinds = COLUMNS | extra_columns(name for name in EXTRA_MEMBERS if f"{name}_offset" in samples[0])
+    try:
+        arrays = {name: np.array([sample[name] for sample in samples], kind) for name, kind in kinds.items()}
+    except KeyError as error:
+        raise ValueError(f"index: {path.name}: a sample without {error}") from error
+    return {"keys": np.array([sample["key"].encode() for sample in samples], np.bytes_), **arrays}
+
+
+def extra_columns(members: Iterable[str]) -> dict[str, Any]:
+    """Names and types of the columns of optional members."""
+    kinds = {"offset": np.int64, "length": np.int64, "crc32c": np.uint32}
+    return {f"{member}_{name}": kind for member in members for name, kind in kinds.items()}
 
 
 def index_bytes(arrays: dict[str, np.ndarray]) -> bytes:
@@ -66,6 +87,26 @@ def index_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def read_arrays(data: bytes, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of an index file. ValueError, KeyError or BadZipFile if the file is not what `index_bytes` writes.
+
+    Neither a compressed member nor a header that promises more than is there can take memory.
+    """
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        for name in names:
+            member = file.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
+                raise ValueError(f"array {name!r} is compressed")
+            payload = file.read(member)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream := io.BytesIO(payload[8:]))
+            start = 8 + stream.tell()
+            if fortran_order or dtype.hasobject or math.prod(shape) * dtype.itemsize != len(payload) - start:
+                raise ValueError(f"array {name!r} is not a plain, whole one")
+            arrays[name] = np.frombuffer(payload, dtype, offset=start).reshape(shape)
+    return arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +118,14 @@ class DatasetIndex:
     shard_starts: np.ndarray
     """(shards + 1,) int64: the first sample id of each shard, and the number of samples."""
     offset: np.ndarray
-    length: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
     label: np.ndarray
+    rendition: np.ndarray
     crc32c: np.ndarray
+    """(samples, v)."""
+    extra: dict[str, np.ndarray]
+    """Columns of the optional members."""
     _index_names: tuple[str, ...]
     _storage: Storage
 
@@ -89,55 +133,103 @@ class DatasetIndex:
     def num_samples(self) -> int:
         return int(self.shard_starts[-1])
 
+    def shard_of(self, sample_ids: Any) -> Any:
+        """Position in `shards` of each sample's shard."""
+        return np.searchsorted(self.shard_starts, sample_ids, side="right") - 1
+
     def ref(self, sample_id: int) -> LatentRef:
         """Where sample `sample_id` lies."""
-        shard = int(np.searchsorted(self.shard_starts, sample_id, side="right")) - 1
-        i = sample_id
-        grid = (int(self.rows[i]), int(self.columns[i]))
-        return LatentRef(self.shards[shard], int(self.offset[i]), int(self.length[i]), grid, int(self.crc32c[i]))
+        return self.refs(np.array([sample_id]))[0]
+
+    def refs(self, sample_ids: np.ndarray) -> list[LatentRef]:
+        """Where the samples lie."""
+        columns = (self.shard_of(sample_ids), self.offset[sample_ids], self.rows[sample_ids], self.columns[sample_ids])
+        rows = zip(*(column.tolist() for column in columns), self.crc32c[sample_ids].tolist(), strict=True)
+        return [LatentRef(self.shards[shard], at, (h, w), tuple(crc32c)) for shard, at, h, w, crc32c in rows]
 
     def key(self, sample_id: int) -> str:
         """The sample's key, read from its shard's index when asked: keys are most of an index's bytes."""
-        shard = int(np.searchsorted(self.shard_starts, sample_id, side="right")) - 1
-        with np.load(io.BytesIO(self._storage.read(self._index_names[shard])), allow_pickle=False) as file:
-            return bytes(file["keys"][sample_id - int(self.shard_starts[shard])]).decode()
+        shard = self.shard_of(sample_id)
+        keys = read_arrays(self._storage.read(self._index_names[shard]), ["keys"])["keys"]
+        return bytes(keys[sample_id - int(self.shard_starts[shard])]).decode()
 
 
-def load_index(storage: Storage, shards: list[dict[str, Any]], num_classes: int) -> DatasetIndex:
-    """Concatenate the indices of the manifest's `shards`. UserError if one is missing, damaged or out of bounds."""
-    parts: list[dict[str, np.ndarray]] = []
-    names = [f"index/{shard['name']}.npz" for shard in shards]
-    for name, shard in zip(names, shards, strict=True):
-        advice = f"of dataset {storage.prefix}: run the encode again, it makes only what is missing"
+def load_index(
+    storage: Storage,
+    shards: list[dict[str, Any]],
+    num_classes: int,
+    bytes_per_cell: int,
+    variants: int,
+    members: Sequence[str] = (),
+    renditions: int = 1,
+) -> DatasetIndex:
+    """Concatenate the indices of the manifest's `shards`. UserError if one is missing, damaged or out of bounds.
+
+    `bytes_per_cell` of one variant: channels x bytes of a number.
+    """
+    kinds = COLUMNS | extra_columns(members)
+
+    def read(shard: dict[str, Any]) -> dict[str, np.ndarray]:
+        name = shard["index"]
+        advice = f"of dataset {storage.prefix}: copy it again, or run the job again that made it"
         try:
             data = storage.read(name)
         except OSError as error:
-            raise UserError(f"index: cannot read {name} ({error.strerror}) {advice}") from error
+            raise UserError(f"index: cannot read {name} ({error.strerror or error}) {advice}") from error
         if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
             raise UserError(f"index: {name} differs from its hash in the manifest {advice}")
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                parts.append({column: file[column] for column in COLUMNS})
-        except (ValueError, KeyError, OSError) as error:
+            part = read_arrays(data, kinds)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"index: {name} is damaged ({error}) {advice}") from error
-        if reason := _contradiction(parts[-1], shard, num_classes):
+        if reason := _contradiction(part, shard, num_classes, bytes_per_cell, variants, renditions):
             raise UserError(f"index: {name} {reason} {advice}")
+        return part
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="index") as pool:
+        parts = list(pool.map(read, shards))
     starts = np.concatenate([[0], np.cumsum([shard["samples"] for shard in shards])]).astype(np.int64)
-    arrays = {column: np.concatenate([part[column] for part in parts]) for column in COLUMNS}
-    object_names = tuple(f"shards/{shard['name']}.tar" for shard in shards)
-    return DatasetIndex(object_names, starts, **arrays, _index_names=tuple(names), _storage=storage)
+    arrays = {column: np.concatenate([part[column] for part in parts]) for column in kinds}
+    return DatasetIndex(
+        shards=tuple(shard["tar"] for shard in shards),
+        shard_starts=starts,
+        **{column: arrays[column] for column in COLUMNS},
+        extra={column: arrays[column] for column in arrays if column not in COLUMNS},
+        _index_names=tuple(shard["index"] for shard in shards),
+        _storage=storage,
+    )
 
 
-def _contradiction(part: dict[str, np.ndarray], shard: dict[str, Any], num_classes: int) -> str | None:
+def _contradiction(
+    part: dict[str, np.ndarray],
+    shard: dict[str, Any],
+    num_classes: int,
+    bytes_per_cell: int,
+    variants: int,
+    renditions: int,
+) -> str | None:
     """What is wrong with an index: a lying one must not make a reader go out of bounds or take unbounded memory."""
-    if any(part[name].shape != (shard["samples"],) or part[name].dtype != dtype for name, dtype in COLUMNS.items()):
-        return f"does not have {shard['samples']} entries of the known types"
+    for name, column in part.items():
+        shape = (shard["samples"], variants) if name == "crc32c" else (shard["samples"],)
+        kind = COLUMNS.get(name) or extra_columns(EXTRA_MEMBERS)[name]
+        if column.shape != shape or column.dtype != kind:
+            return f"does not have {shard['samples']} entries of the known types"
     if shard["samples"] == 0:
         return "is empty"
-    if min(part["rows"].min(), part["columns"].min(), part["length"].min()) < 1 or part["offset"].min() < 0:
+    starts = [name for name in part if name.endswith("offset")]
+    if min(part["rows"].min(), part["columns"].min(), *(part[name].min() + 1 for name in starts)) < 1:
         return "has an empty grid or a negative offset"
-    if (part["offset"] > shard["bytes"] - part["length"]).any():
+    room = (shard["bytes"] - part["offset"]) // (
+        bytes_per_cell * variants
+    )  # in cells; compared thus, nothing overflows
+    behind = (part["rows"].astype(np.int64) * part["columns"] > room).any()
+    for name in starts[1:]:
+        length = part[name.replace("offset", "length")]
+        behind |= (length < 0).any() or (part[name] > shard["bytes"] - length).any()
+    if behind:
         return "points behind the end of its shard"
     if part["label"].min() < 0 or part["label"].max() >= num_classes:
         return f"has a class outside 0..{num_classes - 1}"
+    if part["rendition"].max() >= renditions:
+        return f"has a rendition outside 0..{renditions - 1}"
     return None

@@ -25,8 +25,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from nitscale.data.manifest import Dataset
 from nitscale.data.plan import Pack, Plan, PlanState
-from nitscale.data.shards import UnreadableSample, read_latent
-from nitscale.layout import PackedBatch, PackLayout, patchify
+from nitscale.data.shards import LATENT_DTYPES, LatentRef, UnreadableSample, read_latent_bytes
+from nitscale.data.storage import Storage
+from nitscale.layout import PackedBatch, PackLayout
 
 RETRY_DELAYS = (0.05, 0.5)
 """Seconds before a sample that could not be read is tried again: file systems over a network recover."""
@@ -36,7 +37,7 @@ PREFETCHED_PACKS = 4
 Unreadable: TypeAlias = tuple[tuple[int, str], ...]
 """(sample id, reason) of the images of a pack that could not be read."""
 Item: TypeAlias = tuple[Pack, Tensor, Unreadable]
-"""What a worker makes of a pack: the tokens of its images, (N, F) float32."""
+"""What a worker makes of a pack: the tokens of its images, (N, F)."""
 
 TRAINERS_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """Signals that worker processes do not act on, unless the trainer sends them."""
@@ -137,19 +138,28 @@ def read_pack(dataset: Dataset, pack: Pack, patch_size: int) -> PackedBatch:
 
 
 def read_tokens(dataset: Dataset, pack: Pack, patch_size: int) -> tuple[Tensor, Unreadable]:
-    """The tokens of a pack's images end to end, (N, F) float32, zero where an image could not be read, and which those
-    are."""
-    lengths = pack.grids.prod(axis=1).tolist()
-    tokens = torch.zeros(sum(lengths), dataset.manifest.channels * patch_size**2)
+    """The tokens of a pack's images end to end, (N, F) as they are stored, zero where an image could not be read, and
+    which those are.
+
+    This is the loader's inner loop, a few ten microseconds an image: NumPy moves the numbers as plain integers of their
+    width, in the order of `patchify`.
+    """
+    manifest = dataset.manifest
+    tokens = torch.zeros(pack.num_tokens, manifest.channels * patch_size**2, dtype=LATENT_DTYPES[manifest.dtype])
+    words = tokens.view(torch.int16 if tokens.itemsize == 2 else torch.int32).numpy()
     unreadable = []
     start = 0
-    for sample_id, flipped, length in zip(pack.sample_ids.tolist(), pack.flips.tolist(), lengths, strict=True):
+    samples = zip(dataset.index.refs(pack.sample_ids), pack.sample_ids.tolist(), pack.flips.tolist(), strict=True)
+    for ref, sample_id, flipped in samples:
+        rows, columns = ref.grid[0] // patch_size, ref.grid[1] // patch_size
+        end = start + rows * columns
         try:
-            latent = torch.from_numpy(read_with_retries(dataset, sample_id, flipped).astype(np.float32))
-            tokens[start : start + length] = patchify(latent, patch_size)
+            data = read_with_retries(dataset.storage, ref, manifest.bytes_per_cell, flipped)
+            latent = np.frombuffer(data, words.dtype).reshape(-1, rows, patch_size, columns, patch_size)
+            words[start:end].reshape(rows, columns, -1, patch_size, patch_size)[:] = latent.transpose(1, 3, 0, 2, 4)
         except UnreadableSample as error:
             unreadable.append((sample_id, str(error)))
-        start += length
+        start = end
     return tokens, tuple(unreadable)
 
 
@@ -169,11 +179,11 @@ def make_batch(dataset: Dataset, pack: Pack, tokens: Tensor, unreadable: Unreada
     )
 
 
-def read_with_retries(dataset: Dataset, sample_id: int, flipped: bool) -> np.ndarray:
-    """One latent (c, h, w) float16. UnreadableSample if it cannot be read after RETRY_DELAYS."""
+def read_with_retries(storage: Storage, ref: LatentRef, bytes_per_cell: int, flipped: bool) -> bytes:
+    """The bytes of one latent. UnreadableSample if it cannot be read after RETRY_DELAYS."""
     for delay in (*RETRY_DELAYS, None):
         try:
-            return read_latent(dataset.storage, dataset.index.ref(sample_id), dataset.manifest.channels, flipped)
+            return read_latent_bytes(storage, ref, bytes_per_cell, flipped)
         except UnreadableSample:
             if delay is None:
                 raise

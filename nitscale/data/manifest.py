@@ -5,17 +5,20 @@ The manifest's digest is the dataset's version: it covers the codec, the classes
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nitscale.autoencoders import Codec, codec_from_spec
 from nitscale.data.index import DatasetIndex, load_index
+from nitscale.data.shards import EXTRA_MEMBERS, LATENT_DTYPES, read_latent
 from nitscale.data.storage import Storage, open_storage
 from nitscale.errors import UserError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Manifest:
     codec: dict[str, Any]
     """`spec()` of the codec: id, factor, channels, its parameters, digest."""
     dtype: str
-    """Of the latents: "float16"."""
+    """Of the latents: float16, bfloat16 or float32."""
     flips: bool
     """Whether every sample also has the latent of its mirror image."""
     classes: list[str]
@@ -36,7 +39,11 @@ class Manifest:
     grids: dict[str, int]
     """Number of samples of each latent size, "rows x columns"."""
     shards: list[dict[str, Any]]
-    """Of each shard: name, samples, bytes, sha256, index_sha256."""
+    """Of each shard: tar and index (object names), samples, bytes, sha256, index_sha256."""
+    renditions: list[str] = field(default_factory=lambda: ["native"])
+    """Resize rules whose results are in the dataset."""
+    members: list[str] = field(default_factory=list)
+    """Optional members that every sample has: "image", "text"."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -58,6 +65,16 @@ class Manifest:
         """Pixels of one latent cell's side."""
         return int(self.codec["factor"])
 
+    @property
+    def bytes_per_cell(self) -> int:
+        """Of one variant of a latent."""
+        return self.channels * LATENT_DTYPES[self.dtype].itemsize
+
+    @property
+    def variants(self) -> int:
+        """Latents of a sample: 2 with the mirror image, else 1."""
+        return 1 + self.flips
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -66,6 +83,11 @@ class Dataset:
     manifest: Manifest
     index: DatasetIndex
     storage: Storage
+
+    def latent(self, sample_id: int, flipped: bool = False) -> Tensor:
+        """One latent (channels, h, w) as it is stored. UnreadableSample if it cannot be read."""
+        ref = self.index.ref(sample_id)
+        return read_latent(self.storage, ref, self.manifest.channels, self.manifest.dtype, flipped)
 
     def codec(self) -> Codec:
         """The codec that made the latents. UserError if this build does not know it."""
@@ -80,7 +102,7 @@ def load_dataset(prefix: str | Path) -> Dataset:
     storage = open_storage(prefix)
     manifest = read_manifest(storage)
     for shard in manifest.shards:
-        name = f"shards/{shard['name']}.tar"
+        name = shard["tar"]
         size = storage.size(name) if storage.exists(name) else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
@@ -88,7 +110,16 @@ def load_dataset(prefix: str | Path) -> Dataset:
                 f"manifest: shard {name} of dataset {prefix} {found}; copy it again, or run the encode again, "
                 "which makes only what is missing"
             )
-    return Dataset(manifest, load_index(storage, manifest.shards, len(manifest.classes)), storage)
+    index = load_index(
+        storage,
+        manifest.shards,
+        num_classes=len(manifest.classes),
+        bytes_per_cell=manifest.bytes_per_cell,
+        variants=manifest.variants,
+        members=manifest.members,
+        renditions=len(manifest.renditions),
+    )
+    return Dataset(manifest, index, storage)
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -115,9 +146,11 @@ def read_manifest(storage: Storage) -> Manifest:
     try:
         manifest = Manifest(**content)
         expected = {"codec": dict, "dtype": str, "flips": bool, "classes": list, "samples": int, "shards": list}
+        expected |= {"renditions": list, "members": list}
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(manifest, name), kind)]
+        wrong += ["members"] * (not set(manifest.members) <= set(EXTRA_MEMBERS))
         for shard in manifest.shards:
-            wrong += [n for n in ("name", "sha256", "index_sha256") if not isinstance(shard[n], str)]
+            wrong += [n for n in ("tar", "index", "sha256", "index_sha256") if not isinstance(shard[n], str)]
             wrong += [n for n in ("samples", "bytes") if not isinstance(shard[n], int) or shard[n] < 1]
         wrong += ["samples"] * (manifest.samples != sum(shard["samples"] for shard in manifest.shards))
         wrong += ["codec"] * (manifest.channels < 1 or manifest.factor < 1)
@@ -126,6 +159,8 @@ def read_manifest(storage: Storage) -> Manifest:
         raise UserError(f"manifest: {where} is damaged: {error!r}; its fields are {known}") from error
     if wrong or not manifest.shards:
         raise UserError(f"manifest: {where} is damaged: wrong value of {', '.join(wrong) or 'shards'}")
-    if manifest.dtype != "float16":
-        raise UserError(f"manifest: {where} has latents of dtype {manifest.dtype!r}, this build reads float16")
+    if manifest.dtype not in LATENT_DTYPES:
+        raise UserError(
+            f"manifest: {where} has latents of dtype {manifest.dtype!r}, this build reads {', '.join(LATENT_DTYPES)}"
+        )
     return manifest

@@ -12,7 +12,6 @@ from data_prep.pipeline import EncodeConfig
 from data_prep.sources import find_images
 from nitscale.autoencoders import Codec
 from nitscale.data.manifest import Dataset, load_dataset
-from nitscale.data.shards import read_latent
 from nitscale.errors import UserError
 from nitscale.evaluate.frechet import frechet_distance, latent_features
 
@@ -33,9 +32,7 @@ def evaluate_folder(samples: Path, data: Path) -> str:
 def dataset_latents(dataset: Dataset, limit: int | None = None) -> list[Tensor]:
     """The first `limit` latents (c, h, w) of a dataset, unflipped, fp32."""
     count = min(limit or dataset.index.num_samples, dataset.index.num_samples)
-    channels = dataset.manifest.channels
-    latents = (read_latent(dataset.storage, dataset.index.ref(i), channels, False) for i in range(count))
-    return [torch.from_numpy(latent.astype(np.float32)) for latent in latents]
+    return [dataset.latent(i).float() for i in range(count)]
 
 
 def image_latent(path: Path, codec: Codec) -> Tensor:

@@ -156,7 +156,7 @@ class Trainer:
         t = t.to(device, torch.float32)
         drop = bernoulli(layout.num_segments, config.model.class_dropout, config.seed, "label drop", *key)
         labels = torch.where(torch.from_numpy(drop).to(device), config.model.num_classes, batch.labels)
-        noisy, velocity = interpolate(batch.tokens, noise, t, layout)
+        noisy, velocity = interpolate(batch.tokens.float(), noise, t, layout)
         error = squared_error(self.engine.forward(noisy, t, labels, layout), velocity)
         self.statistics.add(error, batch.weights, t, layout)
         return reduce_tokens(error, layout, weights=batch.weights, total=step_tokens)

@@ -4,7 +4,6 @@ import signal
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,9 +14,9 @@ from nitscale.data import loader as loader_module
 from nitscale.data.loader import PackLoader, WorkerDied, read_pack
 from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Plan, PlanConfig
-from nitscale.data.shards import read_latent
 from nitscale.errors import UserError
 from nitscale.layout import unpatchify
+from tests.data.damage import damage
 from tests.data_prep.pictures import make_folder
 
 CONFIG = PlanConfig(seed=1, token_budget=64, packs_per_step=4, lanes=2)
@@ -34,10 +33,7 @@ def damaged(shapes_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loader_module, "RETRY_DELAYS", (0.0,))
     folder = shutil.copytree(shapes_dataset, tmp_path / "set")
     dataset = load_dataset(folder)
-    ref = dataset.index.ref(5)
-    data = bytearray((folder / ref.shard).read_bytes())
-    data[ref.offset + ref.length - 1] ^= 1
-    (folder / ref.shard).write_bytes(data)
+    damage(folder, dataset, 5)
     return dataset
 
 
@@ -68,14 +64,13 @@ def test_a_batch_holds_the_latents_of_its_images_in_order(even_dataset, patch_si
     plan = Plan(dataset, replace(CONFIG, patch_size=patch_size))
     pack = plan.step(plan.start())[0][0]
     batch = read_pack(dataset, pack, patch_size)
-    assert batch.tokens.dtype == torch.float32
+    assert batch.tokens.dtype == torch.float16
     assert batch.tokens.shape == (pack.num_tokens, 8 * patch_size**2)
     starts = batch.layout.cu_seqlens.tolist()
     for i, sample_id in enumerate(batch.sample_ids):
         grid = tuple(batch.layout.grids[i].tolist())
         latent = unpatchify(batch.tokens[starts[i] : starts[i + 1]], grid, patch_size)
-        expected = read_latent(dataset.storage, dataset.index.ref(sample_id), 8, batch.flips[i])
-        np.testing.assert_array_equal(latent.numpy(), expected.astype(np.float32))
+        assert torch.equal(latent, dataset.latent(sample_id, batch.flips[i]))
         assert batch.labels[i] == dataset.index.label[sample_id]
     assert batch.weights.tolist() == [1.0] * len(batch.sample_ids)
 

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -28,9 +29,13 @@ def edit_index(folder, **changes):
         arrays = dict(file) | changes
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    path.write_bytes(buffer.getvalue())
+    replace_index(folder, buffer.getvalue())
+
+
+def replace_index(folder, data):
+    (folder / "index" / "000000.npz").write_bytes(data)
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
-    shards[0]["index_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    shards[0]["index_sha256"] = hashlib.sha256(data).hexdigest()
     edit(folder, shards=shards)
 
 
@@ -62,7 +67,7 @@ def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"schema_version": 1}', '{"schema_version": 1, "x": 2}', "\xff"]
+    "text", ["", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": 2, "x": 2}', "\xff"]
 )
 def test_a_damaged_manifest_is_named(folder, text):
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
@@ -71,7 +76,8 @@ def test_a_damaged_manifest_is_named(folder, text):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"samples": 63}, {"shards": []}, {"flips": "yes"}, {"codec": {}}, {"classes": None}]
+    "changes",
+    [{"samples": 63}, {"shards": []}, {"flips": "yes"}, {"codec": {}}, {"classes": None}, {"members": ["code"]}],
 )
 def test_a_manifest_with_impossible_values_is_refused(folder, changes):
     edit(folder, **changes)
@@ -81,13 +87,13 @@ def test_a_manifest_with_impossible_values_is_refused(folder, changes):
 
 def test_a_manifest_of_another_version_is_refused(folder):
     edit(folder, schema_version=99)
-    with pytest.raises(UserError, match="schema_version 99, this build reads 1"):
+    with pytest.raises(UserError, match="schema_version 99, this build reads 2"):
         load_dataset(folder)
 
 
 def test_latents_of_another_dtype_are_refused(folder):
-    edit(folder, dtype="bfloat16")
-    with pytest.raises(UserError, match="dtype 'bfloat16'"):
+    edit(folder, dtype="int8")
+    with pytest.raises(UserError, match="dtype 'int8'"):
         load_dataset(folder)
 
 
@@ -117,12 +123,17 @@ def test_a_missing_or_changed_index_is_named(folder):
     ("changes", "message"),
     [
         ({"offset": np.full(16, 2**60)}, "points behind the end"),
-        ({"length": np.full(16, 2**62)}, "points behind the end"),
+        (
+            {"rows": np.full(16, 2**31 - 1, np.int32), "columns": np.full(16, 2**31 - 1, np.int32)},
+            "points behind the end",
+        ),
         ({"offset": np.full(16, -1)}, "negative offset"),
         ({"rows": np.zeros(16, np.int32)}, "empty grid"),
         ({"label": np.full(16, 8, np.int32)}, r"class outside 0\.\.7"),
         ({"label": np.full(16, -1, np.int32)}, r"class outside 0\.\.7"),
-        ({"crc32c": np.zeros(15, np.uint32)}, "16 entries"),
+        ({"rendition": np.full(16, 1, np.uint8)}, r"rendition outside 0\.\.0"),
+        ({"crc32c": np.zeros((15, 2), np.uint32)}, "16 entries"),
+        ({"crc32c": np.zeros((16, 1), np.uint32)}, "16 entries"),
         ({"offset": np.zeros(16, np.float64)}, "16 entries of the known types"),
         ({"offset": np.array([{}] * 16, dtype=object)}, "is damaged"),
     ],
@@ -130,4 +141,32 @@ def test_a_missing_or_changed_index_is_named(folder):
 def test_a_lying_index_is_refused(folder, changes, message):
     edit_index(folder, **changes)
     with pytest.raises(UserError, match=message):
+        load_dataset(folder)
+
+
+def zip_of(name, payload, compression):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        file.writestr(name, payload)
+    return buffer.getvalue()
+
+
+def header_of(shape):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        zip_of("offset.npy", header_of((2**30,)) + bytes(2**33 // 1024), zipfile.ZIP_DEFLATED),
+        zip_of("offset.npy", header_of((2**40,)), zipfile.ZIP_STORED),
+        zip_of("offset.npy", header_of((16,)), zipfile.ZIP_STORED),
+        b"no zip file",
+    ],
+)
+def test_an_index_that_would_take_more_memory_than_it_has_bytes_is_refused(folder, data):
+    replace_index(folder, data)
+    with pytest.raises(UserError, match=r"index/000000\.npz is damaged"):
         load_dataset(folder)

@@ -31,8 +31,8 @@ def fake_dataset(shard_sizes=(30, 17, 25, 40, 9), seed=0, longest=5, flips=True)
     zeros = np.zeros(samples, np.int64)
     names = tuple(f"{i:06d}" for i in range(len(shard_sizes)))
     starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
-    index = Keys(names, starts, zeros, zeros, rows, columns, zeros, zeros, names, None)  # type: ignore[arg-type]
-    shards = [{"name": name, "samples": size} for name, size in zip(names, shard_sizes, strict=True)]
+    index = Keys(names, starts, zeros, rows, columns, zeros, zeros, zeros[:, None], {}, names, None)  # type: ignore[arg-type]
+    shards = [{"tar": name, "samples": size} for name, size in zip(names, shard_sizes, strict=True)]
     manifest = Manifest({"id": "dct"}, "float16", flips, ["a"], samples, int((rows * columns).sum()), {}, shards)
     return Dataset(manifest, index, None)  # type: ignore[arg-type]
 

@@ -20,7 +20,6 @@ from data_prep.pipeline import EncodeConfig, to_float
 from nitscale import files
 from nitscale.autoencoders import DCTCodec
 from nitscale.data.manifest import load_dataset
-from nitscale.data.shards import read_latent
 from nitscale.errors import UserError
 from tests.data_prep.pictures import make_folder, picture
 
@@ -68,7 +67,7 @@ def test_every_image_is_in_the_dataset_with_its_class_and_mirror_image(images, t
         assert dataset.manifest.classes[dataset.index.label[i]] == key.split("/")[0]
         x = to_float(torch.from_numpy(pixels[None].copy()))
         for flipped, view in ((False, x), (True, x.flip(-1))):
-            latent = read_latent(dataset.storage, dataset.index.ref(i), 32, flipped)
+            latent = dataset.latent(i, flipped)
             np.testing.assert_allclose(latent, codec.encode(view)[0].numpy(), atol=2e-2, rtol=2e-3)
 
 

@@ -21,6 +21,7 @@ from nitscale.models.transformer import PackedTransformer
 from nitscale.randomness import bernoulli, torch_generator
 from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
+from tests.data.damage import damage
 from tests.train.tiny import differences, final_state, metrics, tiny_run
 
 
@@ -178,11 +179,7 @@ def test_two_trainings_at_once_in_one_folder_are_refused(undisturbed, shapes_dat
 def test_an_unreadable_sample_keeps_its_place_and_is_listed(undisturbed, shapes_dataset, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(shapes_dataset, broken)
-    reference = load_dataset(broken).index.ref(5)
-    shard = broken / reference.shard
-    content = bytearray(shard.read_bytes())
-    content[reference.offset + reference.length - 3] ^= 0xFF
-    shard.write_bytes(content)
+    damage(broken, load_dataset(broken), 5)
     assert train(tiny_run(tmp_path / "run", broken))
     ours, theirs = metrics(tmp_path / "run"), metrics(undisturbed)
     assert [m["data_digest"] for m in ours] == [m["data_digest"] for m in theirs]
