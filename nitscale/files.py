@@ -7,7 +7,10 @@ name, fsync, rename, fsync the folder. A process killed at any point leaves at m
 import errno
 import fcntl
 import os
+import re
+import secrets
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +22,8 @@ READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Lustre and some others are often mounted without support for locks."""
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""Object stores and FAT disks that are mounted as folders have no second names for a file."""
 NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
@@ -34,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Missing parent folders are made. UserError as `disk_errors`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -44,6 +49,46 @@ def atomic_file(path: Path) -> Iterator[Path]:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_create(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` if there is nothing yet: of all who try at once one gets True, and its file is whole from
+    the first moment. UserError as `disk_errors`."""
+    temporary = temporary_path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            fsync(temporary)
+            created = _link(temporary, path)
+            fsync(path.parent)
+            return created
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give `temporary` the name `path` too, unless that exists."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return os.stat(temporary).st_nlink > 1  # over NFS a request may be repeated whose reply was lost
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with open(path.with_name(".create.lock"), "w") as lock:
+            with suppress(OSError):  # without links and without locks there is nothing to hold on to
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    return True
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` for what is to become it: hidden, and telling host, process and a random number, because
+    several hosts may write to one folder at once."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def publish_folder(staging: Path, final: Path) -> None:
@@ -110,9 +155,36 @@ _held_locks: set[Path] = set()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the `.tmp` files that a killed writer left in `folder`. Call it only while holding the writer's lock."""
+    """Delete the `.tmp` files in `folder` that dead processes of this host left. Those of other hosts stay: whether
+    their writers live cannot be seen from here."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        match = re.fullmatch(r"\..*\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.tmp", path.name)
+        if match and match[1] == _host() and not _is_alive(int(match[2])):
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Where a process id means what it means here: the host's name, and in a container its process namespace, because
+    containers may have the host's name, or all the same."""
+    name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
+    with suppress(OSError):  # no /proc: not Linux, or hidden
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        return name if namespace == FIRST_NAMESPACE else f"{name}-{namespace:x}"
+    return name
+
+
+FIRST_NAMESPACE = 0xEFFFFFFC
+"""PROC_PID_INIT_INO of Linux: the process namespace of the host itself."""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's process; a number that is none of ours
+        return True
+    return True
 
 
 @contextmanager

@@ -115,3 +115,59 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr("fcntl.lockf", unsupported)
     with pytest.warns(UserWarning, match="without locks"), exclusive_lock(tmp_path / "lock", "encoding"):
         pass
+
+
+def test_a_file_that_exists_is_not_created_again(tmp_path):
+    assert files.atomic_create(tmp_path / "a" / "b", b"first")
+    assert not files.atomic_create(tmp_path / "a" / "b", b"second")
+    assert (tmp_path / "a" / "b").read_bytes() == b"first"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def create_and_tell(path: Path, number: int, start, winners) -> None:
+    start.wait(10)
+    if files.atomic_create(path, bytes([number]) * 1000):
+        winners.put(number)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_processes_that_create_a_file_one_succeeds(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    start, winners = fork.Event(), fork.SimpleQueue()
+    arguments = [(tmp_path / "a", number, start, winners) for number in range(8)]
+    processes = [fork.Process(target=create_and_tell, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join()
+    assert (tmp_path / "a").read_bytes() == bytes([winners.get()]) * 1000
+    assert winners.empty()
+
+
+def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path):
+    dead = fork.Process(target=int)
+    dead.start()
+    dead.join()
+    mine = files.temporary_path(tmp_path / "a.tar")
+    host = mine.name.split(".")[3]
+    stay = [mine.name, mine.name.replace(host, "elsewhere").replace(str(os.getpid()), str(dead.pid)), ".a.123.tmp"]
+    goes = mine.name.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    for name in [*stay, goes]:
+        (tmp_path / name).write_bytes(b"half")
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+
+
+def test_temporary_names_of_one_file_never_meet(tmp_path):
+    assert len({files.temporary_path(tmp_path / "a") for _ in range(100)}) == 100
+
+
+def test_a_process_of_another_container_is_not_taken_for_one_of_this_host(monkeypatch):
+    here = files._host()
+    monkeypatch.setattr(files, "FIRST_NAMESPACE", -1)
+    assert files._host() != here

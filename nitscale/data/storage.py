@@ -1,126 +1,160 @@
-"""Where a dataset lies: a prefix holding named objects, read whole or by range and written atomically.
+"""Where data lies: a prefix that names a local folder or an S3 bucket, and the storage behind it.
 
-The interface is small on purpose, so that an object store fits behind it. This build reads and writes local folders.
+This file is where boto3's quirks are kept. It is told to try each request once (its own repetitions are few, and none
+once a body has begun); its clients are not shared between processes; and its errors become words that hold no secret.
 """
 
-import errno
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from io import FileIO
+import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from nitscale.data.download import Damaged
+from nitscale.data.folder import LocalStorage
+from nitscale.data.objects import MissingObject, RangedFile, Storage, StorageError
+from nitscale.data.s3 import Hopeless, Passing, Refused, S3Storage
 from nitscale.errors import UserError
-from nitscale.files import atomic_file, atomic_write, exclusive_lock, remove_leftovers
 
-OPEN_FILES = 64
-"""Files that one process keeps open for ranged reads."""
+__all__ = ["MissingObject", "RangedFile", "Storage", "StorageError", "open_object", "open_storage"]
 
-
-class Storage(Protocol):
-    """Objects under a prefix. Names are relative, with forward slashes: `shards/000000.tar`."""
-
-    prefix: str
-
-    def read(self, name: str) -> bytes:
-        """The whole object. FileNotFoundError if there is none."""
-
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`. OSError if the object is missing or ends before."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Create or replace the object at once, never in part. UserError if the disk refuses."""
-
-    def create(self, name: str) -> AbstractContextManager[Path]:
-        """A local path to write a large object to: published on a normal exit, removed on an exception."""
-
-    def exists(self, name: str) -> bool: ...
-
-    def size(self, name: str) -> int:
-        """Bytes of the object. FileNotFoundError if there is none."""
-
-    def list(self, folder: str) -> list[str]:
-        """Sorted names of the finished objects directly in `folder`; empty if there is no such folder."""
-
-    def exclusive(self, purpose: str) -> AbstractContextManager[None]:
-        """Hold the prefix as its only writer. UserError if another process does."""
+CONNECT_SECONDS = 5.0
+STALL_SECONDS = 20.0
+"""A connection that brings nothing for so long is given up, and the request repeated."""
+CONNECTIONS = 16
+"""That one process keeps open."""
+SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+):/+"
+"""One slash will do: a Path swallows the other."""
 
 
 def open_storage(prefix: str | Path) -> Storage:
-    """The storage behind `prefix`, a folder. UserError for schemes that this build does not read."""
+    """The storage behind `prefix`: a folder, or `s3://bucket/prefix`. UserError for any other scheme."""
     text = str(prefix)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # one slash will do: a Path swallows the other
+    match = re.match(SCHEME, text)
+    if match is None:
+        return LocalStorage(text)
+    if match[1].lower() != "s3":
         raise UserError(
-            f"storage: this build reads local folders only, got {text!r}; "
-            "copy the dataset to a local folder and name that"
+            f"storage: {text!r} is neither a folder nor s3://bucket/prefix; for another object store that speaks "
+            "S3 write s3://… and set AWS_ENDPOINT_URL"
         )
-    return LocalStorage(text)
+    bucket, _, folder = text[match.end() :].strip("/").partition("/")
+    if not bucket:
+        raise UserError(f"storage: {text!r} names no bucket; write s3://bucket/prefix")
+    return S3Storage(_Boto(), bucket, folder)
 
 
-class LocalStorage:
-    """A folder of a local or shared file system."""
+def open_object(uri: str | Path) -> tuple[Storage, str]:
+    """The storage of the folder that holds the object `uri`, and its name there. UserError if it names none."""
+    text = str(uri)
+    folder, slash, name = text.rpartition("/")
+    if name in ("", ".", "..") or re.fullmatch(SCHEME, folder + slash):
+        raise UserError(f"storage: {text!r} names no object; write folder/name or s3://bucket/folder/name")
+    return open_storage(folder or slash or "."), name
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self._open_files: OrderedDict[str, FileIO] = OrderedDict()
 
-    def read(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
+class _Boto:
+    """S3 by boto3. Endpoint, profile, credentials and the rest come from the environment, so that forked and spawned
+    processes have them."""
 
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
-        # pread does not move the file's position, so worker processes may share descriptors inherited by fork.
-        data = os.pread(self._open(name).fileno(), length, offset)
-        while 0 < len(data) < length:
-            more = os.pread(self._open(name).fileno(), length - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != length:
-            self._open_files.pop(name, None)  # a retry opens the file anew
-            raise OSError(errno.EIO, f"{len(data)} of {length} bytes at offset {offset}: the file is truncated", name)
-        return data
+    def call(self, operation: str, **parameters: Any) -> Any:
+        try:
+            return getattr(_client(), operation)(**parameters)
+        except UserError:
+            raise
+        except Exception as error:
+            # None: tracebacks go to logs, and the original error may quote the signed request.
+            raise self.explain(error) from None
 
-    def write(self, name: str, data: bytes) -> None:
-        atomic_write(self._path(name), data)
+    def sends_checksums(self) -> bool:
+        # AWS_REQUEST_CHECKSUM_CALCULATION is for stores that do not know the newer ones.
+        return str(_client().meta.config.request_checksum_calculation).lower() != "when_required"
 
-    def create(self, name: str) -> AbstractContextManager[Path]:
-        return atomic_file(self._path(name))
+    def explain(self, error: Exception) -> Exception:
+        from botocore import exceptions, parsers
 
-    def exists(self, name: str) -> bool:
-        return self._path(name).is_file()
+        if isinstance(error, exceptions.ClientError):
+            code = error.response.get("Error", {}).get("Code", "")
+            return Refused(str(code), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)))
+        if isinstance(error, exceptions.FlexibleChecksumError):
+            return Damaged()
+        text = re.sub(r"//[^/@\s]*@", "//", str(error))  # no user:password@ of an endpoint
+        if isinstance(error, exceptions.HTTPClientError) and isinstance(error.kwargs.get("error"), ValueError):
+            return Hopeless(
+                "credentials or endpoint hold what HTTP forbids; look for line breaks in the AWS_… variables"
+            )
+        if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
+            return Hopeless("the endpoint's certificate is not trusted; set AWS_CA_BUNDLE to the file of its authority")
+        passing = (
+            exceptions.ConnectionError,
+            exceptions.HTTPClientError,
+            exceptions.IncompleteReadError,
+            parsers.ResponseParserError,
+            ConnectionError,
+            TimeoutError,
+        )
+        if isinstance(error, passing):
+            return Passing(f"{type(error).__name__}: {text}")
+        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+            return Hopeless("no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if isinstance(error, exceptions.ParamValidationError):
+            return Hopeless("bucket or object cannot have that name; choose another")
+        if isinstance(error, exceptions.BotoCoreError):
+            return Hopeless(f"{text}; check AWS_PROFILE, AWS_ENDPOINT_URL and the name of the bucket")
+        if isinstance(error, ValueError) and "endpoint" in text:
+            return Hopeless(f"{text}; write AWS_ENDPOINT_URL as http(s)://host:port")
+        return error
 
-    def size(self, name: str) -> int:
-        return self._path(name).stat().st_size
 
-    def list(self, folder: str) -> list[str]:
-        root = self._path(folder)
-        if not root.is_dir():
-            return []
-        return sorted(f"{folder}/{path.name}" for path in root.iterdir() if not path.name.startswith("."))
+def _client() -> Any:
+    """This process's client for the settings in the environment. A client never serves two processes: connections
+    inherited by fork would mix up their replies."""
+    settings = [item for item in os.environ.items() if item[0].startswith(("AWS_", "NITSCALE_S3_"))]
+    key = (os.getpid(), hash(frozenset(settings)))  # a hash, to keep no secrets
+    client = _clients.get(key)
+    if client is None:
+        with _clients_lock:  # to make a client is not thread-safe, to use one is
+            client = _clients.get(key)
+            if client is None:
+                client = _clients[key] = _make_client()
+    return client
 
-    @contextmanager
-    def exclusive(self, purpose: str) -> Iterator[None]:
-        with exclusive_lock(self._path(".lock"), f"{purpose} {self.prefix}"):
-            for folder in (".", "shards", "index", "commits"):
-                remove_leftovers(self._path(folder))
-            yield
 
-    def _path(self, name: str) -> Path:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"storage: {name!r} leads out of the dataset {self.prefix}")
-        return Path(self.prefix, name)
+def _make_client() -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise UserError("storage: s3:// needs boto3; install it by: pip install 'nitscale[s3]'") from None
+    style = os.environ.get("NITSCALE_S3_PATH_STYLE") or ""
+    if style not in ("", "0", "1"):
+        raise UserError(
+            f"storage: NITSCALE_S3_PATH_STYLE is {style!r}; give 1 (endpoint/bucket/key), 0 (bucket.endpoint/key), or "
+            "nothing to let boto3 choose"
+        )
+    config = Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=STALL_SECONDS,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=CONNECTIONS,
+        tcp_keepalive=True,
+        s3={"addressing_style": "path" if style == "1" else "virtual"} if style else None,
+    )
+    # boto3 1.44 reads AWS_DEFAULT_REGION, but not the AWS_REGION that other tools set.
+    return boto3.session.Session(region_name=os.environ.get("AWS_REGION")).client("s3", config=config)
 
-    def _open(self, name: str) -> FileIO:
-        file = self._open_files.get(name)
-        if file is None:
-            file = self._open_files[name] = FileIO(self._path(name))
-            if len(self._open_files) > OPEN_FILES:
-                self._open_files.popitem(last=False)  # closed as soon as nobody reads from it
-        self._open_files.move_to_end(name)
-        return file
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"prefix": self.prefix, "_open_files": OrderedDict()}  # an open file cannot go to a spawned process
+_clients: dict[tuple[int, int], Any] = {}
+_clients_lock = threading.Lock()
+_inherited: list[Any] = []
+"""Clients of parent processes, kept so that nothing closes their connections."""
+
+
+def _after_fork() -> None:
+    """A thread of the parent may have held the lock when this process came to be."""
+    global _clients, _clients_lock
+    _inherited.append(_clients)
+    _clients, _clients_lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
