@@ -1,19 +1,36 @@
 """Packing: which images share a pack.
 
-Longest-pack-first histogram packing (Krell et al., arXiv 2107.02027; the packer of NiT): lengths are placed from the
-longest to the shortest, each into the fullest pack where it still fits. It works on the histogram of lengths, so that
-its cost grows with the number of distinct lengths and not of images; concrete images are then dealt to the packs.
+Longest-pack-first histogram packing (Krell et al., arXiv 2107.02027; the packer of NiT) is the reference: lengths are
+placed from the longest to the shortest, each into the fullest pack where it still fits. It works on the histogram of
+lengths, so that its cost grows with the number of distinct lengths and not of images; concrete images are then dealt to
+the packs. It fills well, but puts long images with long ones, and a step waits for its costliest pack. `balanced` fills
+as well and gives the packs of a step equal work.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from nitscale.errors import UserError
+from nitscale.randomness import Key, permutation
 
 Runs = tuple[tuple[int, int], ...]
 """A pack by its lengths, longest first: (length, how many images of it), …"""
+Packer = Callable[[np.ndarray, int, int, int, int, tuple[Key, ...]], np.ndarray]
+"""(lengths (n,), how many of them were left over before, token budget, steps, packs a step, key) → the place of each
+image, (n,) int64: step · (packs a step) + pack, or -1 for one that is left over. What was left over before comes first
+in `lengths` and is placed before all else. Every place gets an image if the lengths are together at most
+steps · packs · budget, and more with the next image."""
+
+WIDTH = 1152
+"""Width D of the transformer (NiT-XL) that weighs linear work, 6 · D · n, against attention, n², in `work`."""
+LONG = 1.6
+"""`balanced` deals images longer than this many times the mean one by one; the others are alike in work."""
+RESERVE = 0.12
+"""Share of the budget that `balanced` leaves to the end, to be filled to the brim by best fit."""
+FEW = 40
+"""Where a pack has no more images than this on average, `balanced` deals all but the last of them one by one."""
 
 
 def lpfhp(
@@ -32,26 +49,113 @@ def lpfhp(
     return strategies, np.array([count for count, _ in packs], np.int64)
 
 
-def pack_lengths(lengths: np.ndarray, token_budget: int, max_segments: int | None = None) -> list[np.ndarray]:
-    """Deal images of these lengths, (n,) int64, to packs; a pack is the positions of its images in `lengths`.
+def work(lengths: np.ndarray) -> np.ndarray:
+    """Work of images in multiply-adds, up to a factor: n² for attention and 6 · D · n for the rest."""
+    return lengths * (lengths + 6 * WIDTH)
 
-    Every position is in exactly one pack. Among images of one length, earlier ones go to earlier packs: shuffle
-    `lengths` and the packs for a random composition. UserError if a length exceeds `token_budget`.
+
+def pack_balanced(
+    lengths: np.ndarray, carried: int, token_budget: int, steps: int, packs: int, key: tuple[Key, ...]
+) -> np.ndarray:
+    """A `Packer` that gives the packs of a step the same work, filled as by best fit.
+
+    The longest images, one for each pack, are dealt in falling order to step after step, so that a step's longest are
+    of one length. The other long ones go to random steps, in each the longest to the pack with the least work so far.
+    The rest, images of about the mean length, fill the packs in the order in which they come, up to a reserve, and best
+    fit closes the gaps. A step thus keeps a random mixture of sizes but for one image a pack.
     """
-    lengths = np.asarray(lengths)
-    values, starts, counts = np.unique(np.sort(lengths), return_index=True, return_counts=True)
+    places = np.full(len(lengths), -1, np.int64)
+    free = np.full(steps * packs, token_budget, np.int64)
+    load = np.zeros(steps * packs, np.int64)
+
+    def put(images: np.ndarray, where: np.ndarray) -> None:
+        fits = free[where] >= lengths[images]  # `where` names a pack once
+        images, where = images[fits], where[fits]
+        places[images] = where
+        free[where] -= lengths[images]
+        load[where] += work(lengths[images])
+
+    scattered = permutation(len(free), *key, "carried")
+    for start in range(0, carried, len(free)):
+        images = np.arange(start, min(start + len(free), carried))
+        put(images, scattered[: len(images)])
+    falling = np.argsort(-lengths, kind="stable")
+    falling = falling[places[falling] < 0]
+    step_of, mean = np.arange(len(free)) // packs, lengths.mean()
+    few = FEW * mean > token_budget
+    for row in range(len(falling) // len(free)):
+        images = falling[row * len(free) : (row + 1) * len(free)]
+        if lengths[images[0]] <= LONG * mean and not (few and free.mean() > 2 * mean):
+            break
+        if row == 0 and not few:
+            put(images, np.arange(len(free)))
+        else:
+            images = images[permutation(len(images), *key, "row", row)]
+            put(images[np.lexsort((-lengths[images], step_of))], np.lexsort((load, step_of)))
+
+    rest = np.flatnonzero(places < 0)
+    # The packs laid end to end without their reserve, and the images beside them.
+    ends = np.maximum(free - (token_budget if few else int(RESERVE * token_budget)), 0).cumsum()
+    image_ends = lengths[rest].cumsum()
+    where = np.searchsorted(ends, image_ends)
+    inside = where < len(free)
+    inside[inside] = (image_ends - lengths[rest])[inside] >= np.append(0, ends)[where[inside]]
+    places[rest[inside]] = where[inside]
+    free -= np.bincount(where[inside], lengths[rest[inside]], minlength=len(free)).astype(np.int64)
+    rest = rest[~inside]
+    best_fit(lengths, rest[np.argsort(-lengths[rest], kind="stable")], free, places)
+    return places
+
+
+def best_fit(lengths: np.ndarray, images: np.ndarray, free: np.ndarray, places: np.ndarray) -> None:
+    """Put `images`, in this order, each into the fullest pack that has room; writes `places`, reads `free` tokens."""
+    packs_with: dict[int, list[int]] = {}
+    for pack, room in enumerate(free.tolist()):
+        packs_with.setdefault(room, []).append(pack)
+    rooms = sorted(packs_with)
+    for image, length in zip(images.tolist(), lengths[images].tolist(), strict=True):
+        if (fit := bisect_left(rooms, length)) == len(rooms):
+            continue
+        room = rooms[fit]
+        places[image] = pack = packs_with[room].pop()
+        if not packs_with[room]:
+            del packs_with[room], rooms[fit]
+        if room - length not in packs_with:
+            packs_with[room - length] = []
+            insort(rooms, room - length)
+        packs_with[room - length].append(pack)
+
+
+def pack_lpfhp(
+    lengths: np.ndarray, carried: int, token_budget: int, steps: int, packs: int, key: tuple[Key, ...]
+) -> np.ndarray:
+    """A `Packer`: longest-pack-first, and the packs in random order. The emptiest packs too many are left over."""
+    numbers = lpfhp_numbers(lengths, token_budget)
+    tokens = np.bincount(numbers, lengths)
+    waited = np.bincount(numbers[:carried], minlength=len(tokens)) > 0
+    place_of = np.full(len(tokens), -1, np.int64)
+    place_of[np.lexsort((-tokens, ~waited))[: steps * packs]] = permutation(steps * packs, *key, "packs")
+    return place_of[numbers]
+
+
+def lpfhp_numbers(lengths: np.ndarray, token_budget: int, max_segments: int | None = None) -> np.ndarray:
+    """Deal images of these lengths, (n,) int64, to packs by `lpfhp`: the number of each image's pack, (n,) int64.
+
+    Among images of one length, earlier ones go to earlier packs: shuffle `lengths` and the packs for a random
+    composition. UserError if a length exceeds `token_budget`.
+    """
     order = np.argsort(lengths, kind="stable")
+    values, starts, counts = np.unique(lengths[order], return_index=True, return_counts=True)
     next_of = dict(zip(values.tolist(), starts.tolist(), strict=True))
-    packs = []
+    numbers = np.empty(len(lengths), np.int64)
+    first = 0
     for count, runs in lpfhp_runs(dict(zip(values.tolist(), counts.tolist(), strict=True)), token_budget, max_segments):
-        for _ in range(count):
-            parts = []
-            for length, repeat in runs:
-                start = next_of[length]
-                parts.append(order[start : start + repeat])
-                next_of[length] = start + repeat
-            packs.append(np.concatenate(parts))
-    return packs
+        for length, repeat in runs:
+            start = next_of[length]
+            next_of[length] = start + count * repeat
+            numbers[order[start : start + count * repeat]] = np.arange(first, first + count).repeat(repeat)
+        first += count
+    return numbers
 
 
 def lpfhp_runs(
@@ -99,3 +203,6 @@ def lpfhp_runs(
                     del unfinished[free], free_sizes[bisect_left(free_sizes, free)]
             left -= count * repeat
     return finished + [(count, runs) for stack in unfinished.values() for count, _, runs in stack]
+
+
+PACKERS: dict[str, Packer] = {"balanced": pack_balanced, "lpfhp": pack_lpfhp}

@@ -23,11 +23,12 @@ class DataConfig:
     """Most tokens of a pack. One pack is one micro-batch of one data-parallel rank."""
     packs_per_step: int = 8
     """Packs of one optimizer step over all ranks: data-parallel ranks x accumulation. A multiple of the ranks."""
-    packer: Literal["lpfhp"] = "lpfhp"
-    """Longest-pack-first histogram packing (arXiv 2107.02027)."""
+    packer: Literal["balanced", "lpfhp"] = "balanced"
+    """balanced: full packs, and the same work in the packs of a step. lpfhp: longest-pack-first histogram packing
+    (arXiv 2107.02027), as published for NiT."""
     lanes: int = 1
     """Independent sample streams; divides packs_per_step, and the data set has at least as many shards."""
-    block_samples: int = 16384
+    block_samples: int = 65536
     """Samples of a lane that are shuffled and packed together."""
     flip_probability: float = 0.5
     """Chance that an image is taken mirrored."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitscale.data.packing import lpfhp, pack_lengths
+from nitscale.data.packing import PACKERS, best_fit, lpfhp, lpfhp_numbers, work
 from nitscale.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "packing.json").read_text())["cases"]
@@ -32,6 +32,12 @@ def test_an_array_and_a_mapping_are_the_same_histogram():
     by_array, by_mapping = lpfhp(array, 6), lpfhp({1: 3, 3: 2, 4: 1}, 6)
     assert by_array[0] == by_mapping[0]
     assert by_array[1].tolist() == by_mapping[1].tolist()
+
+
+def pack_lengths(lengths, *limits):
+    """The positions of each pack's images."""
+    numbers = lpfhp_numbers(lengths, *limits)
+    return [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
 
 
 @given(
@@ -81,3 +87,44 @@ def test_an_image_longer_than_the_budget_is_refused_with_the_way_out(pack):
 def test_impossible_limits_are_refused(budget, max_segments):
     with pytest.raises(UserError, match="at least 1"):
         lpfhp({1: 1}, budget, max_segments)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=300, max_size=300),
+    carried=st.integers(0, 5),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    packer=st.sampled_from(list(PACKERS)),
+)
+def test_every_pack_of_every_step_gets_images_and_none_too_many(sizes, carried, shape, packer):
+    num_packs = shape[0] * shape[1]
+    lengths = np.array(sizes)
+    lengths = lengths[: np.searchsorted(lengths.cumsum(), num_packs * 40, side="right")]
+    carried = min(carried, num_packs, len(lengths))
+    places = PACKERS[packer](lengths, carried, 40, *shape, (0,))
+    tokens = np.bincount(places[places >= 0], lengths[places >= 0], minlength=num_packs)
+    assert places.min() >= -1
+    assert len(tokens) == num_packs
+    assert tokens.min() > 0
+    assert tokens.max() <= 40
+    assert packer == "lpfhp" or (places[:carried] >= 0).all()
+    assert (PACKERS[packer](lengths, carried, 40, *shape, (0,)) == places).all()
+    left = lengths[places < 0]
+    assert packer == "lpfhp" or not len(left) or left.min() > 40 - tokens.min()
+
+
+def test_best_fit_puts_an_image_where_it_leaves_least():
+    places = np.full(4, -1)
+    best_fit(np.array([5, 3, 9, 1]), np.array([0, 1, 2, 3]), np.array([8, 6, 5, 3]), places)
+    assert places.tolist() == [2, 3, -1, 1]
+
+
+def test_balanced_packs_of_a_step_cost_the_same():
+    rng = np.random.default_rng(1)
+    lengths = np.where(rng.random(12000) < 0.01, rng.integers(900, 4096, 12000), rng.integers(5, 250, 12000))
+    lengths = lengths[: np.searchsorted(lengths.cumsum(), 10 * 8 * 16384, side="right")]
+    imbalance = {}
+    for packer in PACKERS:
+        places = PACKERS[packer](lengths, 0, 16384, 10, 8, (0,))
+        costs = np.bincount(places[places >= 0], work(lengths[places >= 0]), minlength=80).reshape(10, 8)
+        imbalance[packer] = (costs.max(axis=1) / costs.mean(axis=1)).mean()
+    assert imbalance["balanced"] < 1.01 < 1.1 < imbalance["lpfhp"]

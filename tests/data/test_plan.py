@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from nitscale.data.index import DatasetIndex
 from nitscale.data.manifest import Dataset, Manifest
-from nitscale.data.plan import Pack, Plan, PlanConfig, chain_digest, step_digest
+from nitscale.data.plan import Cursor, Pack, Plan, PlanConfig, PlanState, chain_digest, share_out, step_digest
 from nitscale.errors import UserError
 from nitscale.randomness import random_words
 
@@ -50,45 +51,70 @@ def identity(packs):
     return [(p.step, p.pack, p.sample_ids.tolist(), p.flips.tolist(), p.grids.tolist(), p.noise_key) for p in packs]
 
 
-def lane_stream(plan, lane, epochs):
-    """Sample ids of a lane in each of the first epochs, in order."""
-    ids = [[] for _ in range(epochs + 1)]
-    cursor = (0, 0, 0)
-    while cursor[0] < epochs:
-        pack, after = plan._next_pack(lane, cursor)
-        ids[cursor[0]] += pack.tolist()
-        cursor = after
-    return ids[:epochs]
+def epochs_of(plan, lane, count):
+    """A lane's samples in each of the first epochs, in order."""
+    epochs = [[]]
+    for part, ends in plan._stream(lane, 0, 0):
+        epochs[-1] += part.tolist()
+        if ends and len(epochs) == count:
+            return epochs
+        epochs += [[]] * ends
+
+
+plans = st.builds(
+    lambda shard_sizes, lanes, per_lane, **options: Plan(
+        fake_dataset(shard_sizes), replace(CONFIG, lanes=lanes, packs_per_step=per_lane * lanes, **options)
+    ),
+    shard_sizes=st.lists(st.integers(1, 40), min_size=3, max_size=8),
+    lanes=st.sampled_from([1, 2, 3]),
+    per_lane=st.integers(1, 3),
+    block_samples=st.integers(1, 60),
+    packer=st.sampled_from(["balanced", "lpfhp"]),
+    seed=st.integers(0, 5),
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    shard_sizes=st.lists(st.integers(1, 40), min_size=3, max_size=8),
-    lanes=st.sampled_from([1, 2, 3]),
-    block_samples=st.integers(1, 60),
-    seed=st.integers(0, 5),
-)
-def test_every_sample_is_seen_exactly_once_an_epoch(shard_sizes, lanes, block_samples, seed):
-    config = replace(CONFIG, seed=seed, lanes=lanes, packs_per_step=2 * lanes, block_samples=block_samples)
-    plan = Plan(fake_dataset(shard_sizes), config)
-    streams = [lane_stream(plan, lane, 3) for lane in range(lanes)]
+@given(plans)
+def test_the_lanes_streams_hold_every_sample_once_an_epoch(plan):
+    streams = [epochs_of(plan, lane, 3) for lane in range(plan.config.lanes)]
     for epoch in range(3):
-        seen = [i for stream in streams for i in stream[epoch]]
-        assert sorted(seen) == list(range(sum(shard_sizes)))
+        assert sorted(i for stream in streams for i in stream[epoch]) == list(range(plan._index.num_samples))
 
 
-def test_steps_walk_the_lanes_streams_without_gaps_or_short_steps():
-    plan = Plan(fake_dataset(), CONFIG)
-    seen = [[], []]
-    for _, packs in islice(steps(plan), 60):
-        assert [p.pack for p in packs] == [0, 1, 2, 3]
+@settings(max_examples=40, deadline=None)
+@given(plans)
+def test_steps_take_the_streams_in_order_without_loss_or_repetition(plan):
+    config, seen, state = plan.config, [Counter() for _ in range(plan.config.lanes)], plan.start()
+    for _ in range(3 * plan.round_steps):
+        packs, state = plan.step(state)
+        assert [pack.pack for pack in packs] == list(range(config.packs_per_step))
         for pack in packs:
-            assert pack.num_tokens <= 64
-            seen[pack.pack // 2] += pack.sample_ids.tolist()
-    for lane in range(2):
-        stream = [i for epoch in lane_stream(plan, lane, 30) for i in epoch]
-        assert len(seen[lane]) > 3 * 121  # several epochs
-        assert seen[lane] == stream[: len(seen[lane])]
+            assert 0 < pack.num_tokens <= config.token_budget
+            seen[pack.pack * config.lanes // config.packs_per_step].update(pack.sample_ids.tolist())
+    for lane, (epoch, position, carried) in enumerate(state.cursors):
+        epochs = epochs_of(plan, lane, epoch + 1)
+        behind = Counter(i for ids in epochs[:-1] for i in ids) + Counter(epochs[-1][:position])
+        assert behind == seen[lane] + Counter(carried)
+
+
+def test_what_was_carried_is_packed_in_the_next_round():
+    for packer in ("balanced", "lpfhp"):
+        plan = Plan(fake_dataset(), replace(CONFIG, packer=packer, lanes=1, block_samples=10))
+        state, carried = plan.start(), ()
+        for _ in range(20):
+            seen = Counter()
+            for _ in range(plan.round_steps):
+                packs, state = plan.step(state)
+                seen.update(i for pack in packs for i in pack.sample_ids.tolist())
+            assert not Counter(carried) - seen
+            carried = state.cursors[0].carried
+
+
+def test_any_step_can_be_found_without_walking_there():
+    plan = Plan(fake_dataset(), CONFIG)
+    for number, (state, _) in enumerate(islice(steps(plan), 40)):
+        assert plan.state_at(number) == state
 
 
 def test_every_step_can_be_resumed_from_its_state_alone():
@@ -117,8 +143,8 @@ def test_grids_are_those_of_the_index_over_the_patch_size():
         assert pack.grids[:, 1].tolist() == (dataset.index.columns[pack.sample_ids] // 2).tolist()
 
 
-def test_epochs_differ_in_order_and_in_packs():
-    first, second = lane_stream(Plan(fake_dataset(), CONFIG), 0, 2)
+def test_epochs_differ_in_order():
+    first, second = epochs_of(Plan(fake_dataset(), replace(CONFIG, lanes=1)), 0, 2)
     assert first != second
 
 
@@ -164,7 +190,7 @@ def test_the_order_of_data_never_changes_between_versions():
     plan, text = Plan(fake_dataset(), CONFIG), ""
     for _, packs in islice(steps(plan), 20):
         text = chain_digest(text, packs)
-    assert text == "e7e62cf48947085e62364026d238e0e01ea0dad0c053299de89d837a7a4a3ab2"
+    assert text == "48fa1d36daf74e50523fb059ec581651b489a956f0af051d5b9b2392cd0a67df"
 
 
 def pack_of(position, *lengths):
@@ -244,10 +270,38 @@ def test_mirror_images_need_mirrored_latents():
         Plan(fake_dataset(flips=False), CONFIG)
 
 
-def test_resuming_late_costs_a_block_and_not_a_walk_through_the_epochs(monkeypatch):
+def test_resuming_late_costs_a_round_and_not_a_walk_through_the_epochs(monkeypatch):
     plan = Plan(fake_dataset(), CONFIG)
     made = []
-    make = plan._pack_block
-    monkeypatch.setattr(plan, "_pack_block", lambda *key: made.append(key) or make(*key))
-    plan.step(replace(plan.start(), step=10**6, cursors=((5000, 1, 0), (4999, 0, 2))))
-    assert made == [(0, 5000, 1), (1, 4999, 0)]
+    make = plan._share
+    monkeypatch.setattr(plan, "_share", lambda *key: made.append(key) or make(*key))
+    cursors = (Cursor(5000, 20, (3,)), Cursor(4999, 0))
+    plan.step(PlanState(10**6, cursors))
+    assert made == [(0, 10**6 // plan.round_steps, cursors[0]), (1, 10**6 // plan.round_steps, cursors[1])]
+
+
+def test_a_rank_reads_from_as_few_lanes_as_can_be():
+    costs = [5, 1, 4, 2, 8, 7, 3, 6]
+    assert share_out(costs, lanes=4, world_size=4) == [[0, 1], [2, 3], [4, 5], [7, 6]]
+    assert share_out(costs, lanes=4, world_size=8) == [[0], [1], [2], [3], [4], [5], [7], [6]]
+    assert share_out(costs, lanes=4, world_size=2) == [[0, 2, 3, 1], [4, 5, 7, 6]]
+    assert share_out(costs, lanes=1, world_size=4) == [[4, 1], [5, 3], [7, 6], [0, 2]]
+
+
+def test_a_plan_of_typical_images_is_full_even_and_mixed():
+    """The shape of ImageNet's lengths: most images alike, some small, one in a hundred many times as long."""
+    rng = np.random.default_rng(0)
+    sides = rng.integers(10, 16, (2, 120_000))
+    sides[:, :6000] = rng.integers(1, 10, (2, 6000))
+    sides[:, 6000:7200] = rng.integers(30, 65, (2, 1200))
+    dataset = fake_dataset((2000,) * 60)
+    dataset.index.rows[:], dataset.index.columns[:] = sides[:, rng.permutation(120_000)]
+    for lanes, bound in ((1, 1.01), (16, 1.03)):
+        measured = {}
+        for packer in ("balanced", "lpfhp"):
+            plan = Plan(dataset, PlanConfig(0, 16384, 16, lanes, 10_000, packer=packer))
+            packs = [packs for _, packs in islice(steps(plan), plan.round_steps)]
+            fill = np.mean([p.num_tokens for step in packs for p in step]) / 16384
+            measured[packer] = fill, np.mean([max(p.cost for p in s) / np.mean([p.cost for p in s]) for s in packs])
+        assert measured["balanced"][0] > 0.998
+        assert measured["balanced"][1] < bound < 1.1 < measured["lpfhp"][1]
