@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from nitscale.data.download import DAMAGED_ATTEMPTS, Damaged, download
-from nitscale.data.objects import CHUNK_BYTES, MissingObject, StorageError, check_name, check_size
+from nitscale.data.objects import MissingObject, StorageError, check_name, check_size
 from nitscale.errors import UserError
 from nitscale.files import disk_errors, remove_leftovers, temporary_path
 
@@ -35,6 +35,9 @@ so that a thousand processes do not come back at once."""
 LONGEST_PAUSE = 20.0
 NOTICE_SECONDS = 15.0
 """After this many seconds of trying in vain a warning says so."""
+RECEIVE_BYTES = 64 << 10
+"""Read from a connection at a time. What of it arrived before the connection broke is lost, so that after a failure it
+begins with less."""
 PART_BYTES = 32 << 20
 """Objects above this size are uploaded in parts of this size (larger ones where 10,000 parts would not do)."""
 UPLOAD_THREADS = 4
@@ -230,6 +233,7 @@ class S3Storage:
         takes, all of one version, whose ETag is returned. `whole`: `end` is the object's (None if not yet known).
         Damaged if the service's own checksum does not match."""
         patience, position, key = Patience(self._uri(name)), begin, self._key(name)
+        at_once = RECEIVE_BYTES
         while True:
             parameters = {"IfMatch": etag} if etag else {}
             ranged = position > 0 or not whole
@@ -240,21 +244,23 @@ class S3Storage:
                 with closing(reply["Body"]) as body:
                     end = self._check_reply(reply, name, position, end, ranged)
                     etag = etag or reply["ETag"]
-                    while chunk := self._read(body):  # to the very end, where checksums are compared
+                    while chunk := self._read(body, at_once):  # to the very end, where checksums are compared
                         if position + len(chunk) > end:
                             raise Passing(f"more than the {end - begin:,} bytes asked for")
                         take(chunk)
                         position += len(chunk)
                         patience.progress()
+                        at_once = min(2 * at_once, RECEIVE_BYTES)
                 if position != end:
                     raise Passing(f"{position - begin:,} of {end - begin:,} bytes")
                 return etag
             except (Passing, Hopeless, Refused) as error:
                 self._wait_or_raise(error, name, patience)
+                at_once = max(at_once // 4, 64)
 
-    def _read(self, body: Any) -> bytes:
+    def _read(self, body: Any, length: int) -> bytes:
         try:
-            return bytes(body.read(CHUNK_BYTES))
+            return bytes(body.read(length))
         except Exception as error:
             raise self._service.explain(error) from None
 

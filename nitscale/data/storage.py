@@ -4,6 +4,7 @@ This file is where boto3's quirks are kept. It is told to try each request once 
 once a body has begun); its clients are not shared between processes; and its errors become words that hold no secret.
 """
 
+import functools
 import os
 import re
 import threading
@@ -123,6 +124,7 @@ def _client() -> Any:
 def _make_client() -> Any:
     try:
         import boto3
+        import botocore.session
         from botocore.config import Config
     except ImportError:
         raise UserError("storage: s3:// needs boto3; install it by: pip install 'nitscale[s3]'") from None
@@ -140,8 +142,19 @@ def _make_client() -> Any:
         tcp_keepalive=True,
         s3={"addressing_style": "path" if style == "1" else "virtual"} if style else None,
     )
+    # Most of a client's making is reading the description of S3, which forked processes may well share.
+    base = botocore.session.get_session()
+    base.register_component("data_loader", _descriptions())
     # boto3 1.44 reads AWS_DEFAULT_REGION, but not the AWS_REGION that other tools set.
-    return boto3.session.Session(region_name=os.environ.get("AWS_REGION")).client("s3", config=config)
+    session = boto3.session.Session(botocore_session=base, region_name=os.environ.get("AWS_REGION"))
+    return session.client("s3", config=config)
+
+
+@functools.cache
+def _descriptions() -> Any:
+    from botocore.loaders import create_loader
+
+    return create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
 _clients: dict[tuple[int, int], Any] = {}
