@@ -4,11 +4,13 @@
         manifest.json        format, step, world size, ZeRO stage, sha256 and bytes of every file
         state.json           step, tokens, images, data digest, the plan's cursors
         config.yaml          the run's configuration
+        quarantine.jsonl     images that could not be read up to this step
         ema.safetensors      averaged weights, fp32, whole
         model.json           model configuration, codec and classes: with ema.safetensors all that sampling needs
         engine/              DeepSpeed's files: weights and optimizer state of every rank
 
-Imported weights are a folder of the same kind without `engine/`, `state.json` and `config.yaml`.
+Imported weights are a folder of the same kind without `engine/`, `state.json`, `config.yaml` and
+`quarantine.jsonl`.
 """
 
 import errno

@@ -67,7 +67,7 @@ class PackLoader:
             _PackReader(dataset, plan.config.patch_size),
             batch_size=None,
             collate_fn=_as_it_is,
-            sampler=_RankPacks(plan, state, rank, world_size),
+            sampler=_RankPacks(dataset, plan, state, rank, world_size),
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=PREFETCHED_PACKS if workers else None,
@@ -187,6 +187,7 @@ def read_with_retries(storage: Storage, ref: LatentRef, bytes_per_cell: int, fli
         except UnreadableSample:
             if delay is None:
                 raise
+            storage.forget(ref.shard)  # a file opened anew, or a cached copy fetched anew, may be right
             time.sleep(delay)
     raise AssertionError("unreachable")
 
@@ -208,14 +209,25 @@ class _PackReader(TorchDataset[Item]):
 class _RankPacks(Sampler[Pack]):
     """This rank's packs, in order, without end."""
 
-    def __init__(self, plan: Plan, state: PlanState, rank: int, world_size: int) -> None:
-        self.plan, self.state, self.rank, self.world_size = plan, state, rank, world_size
+    def __init__(self, dataset: Dataset, plan: Plan, state: PlanState, rank: int, world_size: int) -> None:
+        self.dataset, self.plan, self.state, self.rank, self.world_size = dataset, plan, state, rank, world_size
 
     def __iter__(self) -> Iterator[Pack]:
         state = self.state
         while True:
+            if state is self.state or state.step % self.plan.round_steps == 0:
+                self.expect_shards(state)
             packs, state = self.plan.step(state)
             yield from self.plan.assign(packs, self.world_size)[self.rank]
+
+    def expect_shards(self, state: PlanState) -> None:
+        """Tell a cache which shards this rank reads in this round and the next, so that it fetches and keeps them."""
+        expect = getattr(self.dataset.storage, "expect", None)
+        if expect is None:
+            return
+        lanes = self.plan.lanes_of(self.rank, self.world_size)
+        coming = self.plan.shards_of(state, lanes) + self.plan.shards_of(self.plan.next_round(state), lanes)
+        expect([self.dataset.index.shards[shard] for shard in dict.fromkeys(coming)])
 
 
 def _as_it_is(item: Any) -> Any:

@@ -5,6 +5,7 @@ The manifest's digest is the dataset's version: it covers the codec, the classes
 
 import hashlib
 import json
+import posixpath
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,12 @@ def load_dataset(prefix: str | Path) -> Dataset:
     """
     storage = open_storage(prefix)
     manifest = read_manifest(storage)
+    sizes: dict[str, int] = {}
+    for folder in sorted({posixpath.dirname(shard["tar"]) for shard in manifest.shards}):
+        sizes |= storage.list(folder)
     for shard in manifest.shards:
         name = shard["tar"]
-        size = storage.size(name) if storage.exists(name) else None
+        size = sizes.get(name)
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
             raise UserError(

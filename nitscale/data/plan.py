@@ -10,7 +10,6 @@ The state is a step and a cursor for each lane at the beginning of the step's ro
 walk through the epochs. Nothing depends on the number of processes or workers: they only share out a step's packs.
 """
 
-import hashlib
 import heapq
 import math
 from collections import OrderedDict
@@ -344,20 +343,6 @@ def share_out(costs: Sequence[int], lanes: int, world_size: int) -> list[list[in
             if len(ranks[rank]) < len(costs) // world_size:
                 heapq.heappush(lightest, (load + costs[position], rank))
     return ranks
-
-
-def step_digest(packs: Sequence[Pack]) -> bytes:
-    """sha256 of a whole step's sample ids, flips and noise keys, in the order of the packs' positions."""
-    digest = hashlib.sha256()
-    for pack in sorted(packs, key=lambda pack: pack.pack):
-        digest.update(np.array([pack.step, pack.pack, len(pack.sample_ids), pack.noise_key], "<i8").tobytes())
-        digest.update(pack.sample_ids.astype("<i8").tobytes() + pack.flips.astype("u1").tobytes())
-    return digest.digest()
-
-
-def chain_digest(previous: str, packs: Sequence[Pack]) -> str:
-    """The data digest after a step, from the one before it ("" at the start): two runs saw the same data if equal."""
-    return hashlib.sha256(previous.encode() + step_digest(packs)).hexdigest()
 
 
 def check_config(config: PlanConfig, num_shards: int, has_flips: bool) -> None:

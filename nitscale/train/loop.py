@@ -19,9 +19,10 @@ import torch
 
 from nitscale.checkpoints import Checkpoint
 from nitscale.config import to_yaml
+from nitscale.data.digest import chain_digest
 from nitscale.data.loader import PackLoader
 from nitscale.data.manifest import load_dataset
-from nitscale.data.plan import Pack, Plan, PlanState, chain_digest
+from nitscale.data.plan import Pack, Plan, PlanState
 from nitscale.errors import UserError
 from nitscale.files import atomic_write, disk_errors, exclusive_lock
 from nitscale.flow.losses import reduce_tokens, squared_error
@@ -51,6 +52,7 @@ class Trainer:
         self.config = config
         self.process = process
         self.run = Path(config.run)
+        self.ledger = self.run / "quarantine.jsonl"
         self.dataset = load_dataset(config.data.path)
         check_model_fits_data(config, self.dataset.manifest)
         self.plan = Plan(self.dataset, config.data.plan(config.seed, config.model.patch_size))
@@ -165,13 +167,17 @@ class Trainer:
         """One line of quarantine.jsonl for each image of the pack that could not be read; it trains with weight 0."""
         self.statistics.unreadable += len(batch.unreadable)
         if batch.unreadable:
-            ledger_path = self.run / "quarantine.jsonl"
-            with disk_errors(ledger_path), ledger_path.open("a") as ledger:
+            with disk_errors(self.ledger), self.ledger.open("a") as ledger:
                 for sample_id, reason in batch.unreadable:
                     name = self.dataset.index.key(sample_id)
                     ledger.write(
                         json.dumps({"step": batch.step, "sample": sample_id, "key": name, "reason": reason}) + "\n"
                     )
+
+    def quarantined(self) -> str:
+        """The ledger's lines of the steps that are behind."""
+        lines = self.ledger.read_text().splitlines(keepends=True) if self.ledger.exists() else []
+        return "".join(line for line in lines if json.loads(line)["step"] < self.step)
 
     def log_line(self, lr: float) -> dict[str, Any]:
         """The metrics since the last line. All ranks must call it. UserError, on all, if the run must not go on."""
@@ -186,7 +192,7 @@ class Trainer:
         if line["unreadable"] > max(MOST_UNREADABLE * images, FEWEST_UNREADABLE):
             raise UserError(
                 f"train: {line['unreadable']} of the last {images:,} images could not be read, see "
-                f"{self.run / 'quarantine.jsonl'}; mend the data set at {config.data.path}, then run again"
+                f"{self.ledger}; mend the data set at {config.data.path}, then run again"
             )
         self.images_at_log = self.images
         return line
@@ -218,6 +224,7 @@ class Trainer:
             "state.json": json.dumps(state, indent=1),
             "model.json": json.dumps(model, indent=1),
             "config.yaml": to_yaml(self.config),
+            "quarantine.jsonl": self.quarantined() if self.process.is_main else "",
         }
         self.checkpointer.save(self.step, self.engine, self.ema.state_dict(), texts)
         self.saved_step = self.step
@@ -235,6 +242,9 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.tokens, self.images, self.digest = state["tokens"], state["images"], state["data_digest"]
         self.images_at_log = self.images
+        with self.process.together(f"write {self.ledger}"):
+            if self.process.is_main:  # the steps behind the checkpoint come again
+                atomic_write(self.ledger, (checkpoint.folder / "quarantine.jsonl").read_bytes())
         if self.process.is_main:
             print(
                 f"train: resumed from {checkpoint.folder} at step {self.step} of {self.config.train.steps}", flush=True

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitscale.data.digest import chain_digest, digests, step_digest
 from nitscale.data.index import DatasetIndex
 from nitscale.data.manifest import Dataset, Manifest
-from nitscale.data.plan import Cursor, Pack, Plan, PlanConfig, PlanState, chain_digest, share_out, step_digest
+from nitscale.data.plan import Cursor, Pack, Plan, PlanConfig, PlanState, share_out
 from nitscale.errors import UserError
 from nitscale.randomness import random_words
 
@@ -183,6 +184,14 @@ def test_the_digest_of_a_step_covers_ids_flips_and_noise_and_no_assignment():
         {"step": 1},
     ):
         assert step_digest([packs[0], replace(packs[1], **change), *packs[2:]]) != digest
+
+
+def test_digests_are_those_of_the_steps_from_any_state_on():
+    plan = Plan(fake_dataset(), CONFIG)
+    whole = list(digests(plan, plan.start(), 20))
+    assert whole[7][0] == 7
+    assert whole[7][1] == step_digest(plan.step(plan.state_at(7))[0]).hex()
+    assert list(digests(plan, plan.state_at(12), 8, whole[11][2])) == whole[12:]
 
 
 def test_the_order_of_data_never_changes_between_versions():

@@ -185,6 +185,24 @@ def test_an_unreadable_sample_keeps_its_place_and_is_listed(undisturbed, shapes_
     assert [m["data_digest"] for m in ours] == [m["data_digest"] for m in theirs]
     ledger = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {entry["sample"] for entry in ledger} == {5}
+    assert "checksum" in ledger[0]["reason"]
+    for checkpoint in published(tmp_path / "run" / "checkpoints"):
+        saved = (checkpoint.folder / "quarantine.jsonl").read_text()
+        assert [json.loads(line) for line in saved.splitlines()] == [e for e in ledger if e["step"] < checkpoint.step]
+
+
+def test_the_ledger_goes_back_to_the_checkpoint_that_a_run_goes_on_from(shapes_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("nitscale.data.loader.RETRY_DELAYS", ())
+    broken, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shapes_dataset, broken)
+    for sample in range(0, 64, 9):
+        damage(broken, load_dataset(broken), sample)
+    assert train(tiny_run(run, broken))
+    ledger = (run / "quarantine.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    assert train(tiny_run(run, broken))
+    assert (run / "quarantine.jsonl").read_text() == ledger
+    assert len(ledger.splitlines()) > 4
 
 
 def test_a_data_set_that_cannot_be_read_stops_the_run(shapes_dataset, tmp_path, monkeypatch):

@@ -1,0 +1,27 @@
+"""What test_two_ranks.py runs under torchrun: a training of which rank 1 is killed in the sixth step.
+
+killed_rank.py DATASET RUN
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from nitscale.train.engine import start_process
+from nitscale.train.loop import Trainer
+from tests.train.tiny import tiny_run
+
+process = start_process()
+trainer = Trainer(tiny_run(Path(sys.argv[2]), Path(sys.argv[1]), "engine.zero_stage=0"), process)
+pack_loss = trainer.pack_loss
+
+
+def pack_loss_or_death(batch, step_tokens):
+    if process.rank == 1 and batch.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pack_loss(batch, step_tokens)
+
+
+trainer.pack_loss = pack_loss_or_death  # type: ignore[method-assign]
+trainer.train()
