@@ -1,5 +1,6 @@
 """The `nitscale` command: one sub-command a job. Heavy imports happen inside them, so that `--help` answers at once."""
 
+import json
 import os
 import sys
 import traceback
@@ -192,6 +193,61 @@ def verify(checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one
     found = find_weights(checkpoint)
     found.verify()
     print(f"checkpoint: {found.folder} is whole")
+
+
+data = typer.Typer(help="Datasets of latents: plan, digest.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command(epilog="Example: nitscale data plan --sizes sizes.csv --images 1280000 --world-size 64 --json")
+def plan(
+    prefix: Annotated[str | None, typer.Option("--data", help="Dataset: a folder or s3://bucket/prefix.")] = None,
+    sizes: Annotated[Path | None, typer.Option(help="Instead: a CSV file with columns width, height, count.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Scale the sizes to so many images.")] = None,
+    factor: Annotated[int, typer.Option(min=1, help="With --sizes: pixels of a token's side.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --sizes: larger images are scaled down.")] = 4096,
+    token_budget: Annotated[int, typer.Option(help="Most tokens of a pack.")] = 16384,
+    world_size: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 8,
+    packs_per_rank: Annotated[int, typer.Option(min=1, help="Packs of a rank in a step.")] = 1,
+    packer: Annotated[str, typer.Option(help="balanced or lpfhp.")] = "balanced",
+    lanes: Annotated[int, typer.Option(help="Independent streams of shards; 1 packs everything together.")] = 1,
+    patch_size: Annotated[int, typer.Option(help="With --data: latent cells of a token's side.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="For the cache of an object store's shards.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+) -> None:
+    """What an epoch will be like, before it is run: fill, packs, steps, balance and mixture."""
+    from data_prep.sizes import sizes_dataset
+    from nitscale.data.forecast import describe_forecast, forecast
+    from nitscale.data.manifest import load_dataset
+    from nitscale.data.plan import PlanConfig
+
+    if (prefix is None) == (sizes is None):
+        raise UserError("data plan: give either --data PREFIX or --sizes FILE.csv")
+    dataset = sizes_dataset(sizes, images, factor, max_tokens) if sizes else load_dataset(str(prefix))
+    packs_per_step = world_size * packs_per_rank
+    flips = 0.5 if dataset.manifest.flips else 0.0
+    config = PlanConfig(
+        seed, token_budget, packs_per_step, lanes, patch_size=patch_size, packer=packer, flip_probability=flips
+    )
+    report = forecast(dataset, config, world_size, ranks_per_node)
+    print(json.dumps(report) if as_json else describe_forecast(report))
+
+
+@data.command(epilog="Example: nitscale data digest runs/demo/train/config.yaml --steps 0..1000")
+def digest(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file, or config.yaml in its folder.")],
+    overrides: Overrides = None,
+    steps: Annotated[str, typer.Option(help="First and last step: 0..1000 are the steps 0 to 999.")] = "0..100",
+) -> None:
+    """The data digests of a run's steps, as in its metrics.jsonl, without a GPU: what data did, or will, it see?"""
+    from nitscale.config import load_config
+    from nitscale.data.digest import print_digests
+    from nitscale.train.config import RunConfig
+
+    run = load_config(RunConfig, config, overrides or [])
+    with resumable():
+        print_digests(run.data.path, run.data.plan(run.seed, run.model.patch_size), steps)
 
 
 def build_sampler(kind: Any, *, interval: str, **values: Any) -> Any:

@@ -5,8 +5,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
-from nitscale.data.plan import Pack, Plan, PlanState
+from nitscale.data.manifest import load_dataset
+from nitscale.data.plan import Pack, Plan, PlanConfig, PlanState
+from nitscale.errors import UserError
 
 
 def digests(plan: Plan, state: PlanState, steps: int, chained: str = "") -> Iterator[tuple[int, str, str]]:
@@ -26,6 +29,20 @@ def step_digest(packs: Sequence[Pack]) -> bytes:
         digest.update(np.array([pack.step, pack.pack, len(pack.sample_ids), pack.noise_key], "<i8").tobytes())
         digest.update(pack.sample_ids.astype("<i8").tobytes() + pack.flips.astype("u1").tobytes())
     return digest.digest()
+
+
+def print_digests(prefix: str, config: PlanConfig, steps: str) -> None:
+    """One line a step of `steps` ("first..last", without the last): the step's own digest, and the data digest that a
+    run's log has after it. UserError for steps that cannot be."""
+    first, dots, last = steps.partition("..")
+    if not (dots and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"data digest: --steps {steps!r} must be two numbers, e.g. 0..1000")
+    plan = Plan(load_dataset(prefix), config)
+    found = digests(plan, plan.start(), int(last))
+    print(f"{'step':>8}  {'the step':16}  data digest (step + 1 in the log)")
+    for step, alone, chained in tqdm(found, total=int(last), desc="digest", unit="step", disable=None):
+        if step >= int(first):
+            tqdm.write(f"{step:8d}  {alone[:16]}  {chained}")
 
 
 def chain_digest(previous: str, packs: Sequence[Pack]) -> str:

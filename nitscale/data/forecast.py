@@ -76,6 +76,22 @@ def forecast(dataset: Dataset, config: PlanConfig, world_size: int, ranks_per_no
     return report | (traffic.describe() if traffic else {})
 
 
+def describe_forecast(report: dict[str, Any]) -> str:
+    """The report as lines for people."""
+    lines = [
+        ("images", f"{report['images']:,} of {report['tokens'] / report['images']:,.1f} tokens on average"),
+        ("packs", f"{report['packs']:,} of at most {report['token_budget']:,} tokens, {report['fill']:.2%} full"),
+        ("steps", f"{report['steps']:,} of {report['packs_per_step']:,} packs on {report['world_size']:,} ranks"),
+        ("imbalance", f"{report['imbalance']:.4f}: work of the busiest rank over the mean, mean over the steps"),
+        ("entropy", f"{report['entropy']:.4f} of that of random steps: the mixture of sizes in a step"),
+        ("planned in", f"{report['seconds']:.2f} s"),
+    ]
+    if "nodes" in report:
+        reads = f"{report['shard_reads']:,} shards fetched an epoch by {report['nodes']} nodes, one GET each"
+        lines.append(("object store", f"{reads}; a node's cache holds up to {report['cache_gb']:,.2f} GB"))
+    return "\n".join(f"{name:>12}  {text}" for name, text in lines)
+
+
 def pack_costs(plan: Plan, packs: Round) -> tuple[np.ndarray, int]:
     """Work of each pack of a round, (steps, packs a step) int64 in the order of the packs, and the tokens of all."""
     costs, tokens = [], 0
