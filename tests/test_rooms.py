@@ -16,6 +16,7 @@ ROOMS = [
     "nitscale.models",
     "nitscale.data",
     "nitscale.autoencoders",
+    "nitscale.dct",
     "nitscale.checkpoints",
     "nitscale.layout",
     "nitscale.randomness",
