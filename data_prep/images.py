@@ -4,6 +4,7 @@ The result is always 8-bit RGB, upright: EXIF orientation applied, alpha over wh
 images converted.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,21 @@ class UnreadableImage(Exception):
     """Why a file is not an image that can be used."""
 
 
-def decode_image(path: Path, max_pixels: int) -> Image.Image:
-    """The image at `path` as 8-bit RGB. UnreadableImage if it is damaged, cut, or has more than `max_pixels` pixels.
+def decode_image(file: Path | bytes, max_pixels: int) -> Image.Image:
+    """The image in a file, or in its contents, as 8-bit RGB; of an animation the first frame.
+
+    UnreadableImage if it is damaged, cut, or has more than `max_pixels` pixels.
 
     The number of pixels is read from the header, before memory is taken for them. Pillow's own process-wide
     `Image.MAX_IMAGE_PIXELS` (89,478,485, an error at twice that) holds as well.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(opened(file), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UnreadableImage(f"{height} x {width} pixels are more than encode.max_input_pixels={max_pixels}")
             if image.format == "PNG":
-                check_png(path)
+                check_png(file)
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
@@ -37,12 +40,18 @@ def decode_image(path: Path, max_pixels: int) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage("not a JPEG, PNG or WebP file") from error
     except Exception as error:  # a decoder fed with damaged bytes raises nearly anything; the reason is what matters
-        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UnreadableImage(reason.replace(str(file), file.name) if isinstance(file, Path) else reason) from error
 
 
-def check_png(path: Path) -> None:
+def opened(file: Path | bytes) -> Path | io.BytesIO:
+    """What Pillow opens."""
+    return io.BytesIO(file) if isinstance(file, bytes) else file
+
+
+def check_png(file: Path | bytes) -> None:
     """Check the checksums of all chunks, which Pillow skips for pixel data while it decodes."""
-    with Image.open(path, formats=("PNG",)) as image:
+    with Image.open(opened(file), formats=("PNG",)) as image:
         image.verify()
 
 

@@ -118,3 +118,13 @@ def test_other_modes_become_rgb(tmp_path, mode):
     image.save(path)
     expected = np.asarray(image.convert("RGB")).astype(int)
     assert np.abs(decode(path) - expected).mean() < 6
+
+
+def test_contents_are_decoded_like_files(tmp_path):
+    picture(40, 60).save(tmp_path / "a.png")
+    contents = (tmp_path / "a.png").read_bytes()
+    assert (np.asarray(decode_image(contents, LIMIT)) == np.asarray(picture(40, 60))).all()
+    with pytest.raises(UnreadableImage):
+        decode_image(contents[:-20], LIMIT)
+    with pytest.raises(UnreadableImage, match="not a JPEG"):
+        decode_image(b"text", LIMIT)

@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from data_prep.resize import native_size, resize
+from data_prep.resize import Target, apply, native_size, parse_rule
+from nitscale.errors import UserError
 from tests.data_prep.pictures import picture
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "native_resize.json").read_text())
@@ -41,11 +44,60 @@ def test_sides_are_multiples_and_the_area_is_capped_except_for_slivers(height, w
         assert new_height * new_width <= tokens * multiple**2
 
 
-@pytest.mark.parametrize("size", [(32, 64), (16, 16), (96, 32)])
-def test_resizing_gives_height_and_width_in_this_order(size):
-    assert resize(picture(50, 70), size).size == size[::-1]
+def adm_center_crop(image, side):
+    """ADM's centre crop, written out with Pillow and NumPy."""
+    while min(image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
+    return array[top : top + side, left : left + side]
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 300), width=st.integers(1, 300), side=st.sampled_from([16, 32, 48]))
+def test_squares_are_those_of_adm(height, width, side):
+    image = picture(height, width)
+    target = parse_rule(f"square-{side}").target(height, width, 16, 1, "key")
+    assert target.final == (side, side)
+    np.testing.assert_array_equal(np.asarray(apply(image, target)), adm_center_crop(image, side))
+
+
+@given(height=st.integers(1, 5000), width=st.integers(1, 5000), side=st.sampled_from([256, 512]))
+def test_area_keeps_the_aspect_ratio_within_the_area(height, width, side):
+    new_height, new_width = parse_rule(f"area-{side}").target(height, width, 16, 1, "key").final
+    assert new_height % 16 == new_width % 16 == 0
+    assert new_height * new_width <= side**2 or min(new_height, new_width) == 16
+    if min(new_height, new_width) >= 128:
+        assert abs(new_height / new_width - height / width) < 0.15 * height / width
+
+
+def test_mixed_crops_half_of_the_images_that_are_large_enough_and_always_the_same_ones():
+    rule = parse_rule("mixed-256")
+    crops = [rule.target(375, 500, 16, 1, f"image-{i}") for i in range(1000)]
+    assert 400 < sum(target.crop is not None for target in crops) < 600
+    assert crops == [rule.target(375, 500, 16, 1, f"image-{i}") for i in range(1000)]
+    assert {target.final for target in crops} == {(256, 256), (208, 288)}
+    assert all(rule.target(256, 900, 16, 1, f"image-{i}").crop is None for i in range(50))
+
+
+def test_native_alone_is_capped_by_tokens():
+    assert parse_rule("native").target(375, 500, 32, 4096, "key").final == (352, 480)
+    assert parse_rule("native").target(375, 500, 32, 64, "key").final == (192, 288)
+
+
+@pytest.mark.parametrize("name", ["", "square", "square-0", "square-x", "area-", "cube-256", "native-256"])
+def test_an_unknown_rule_is_refused(name):
+    with pytest.raises(UserError, match="unknown resize rule"):
+        parse_rule(name)
+
+
+def test_a_side_that_the_codec_cannot_make_is_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"250 is not a multiple of 32 pixels .*use square-256"):
+        parse_rule("square-250").target(500, 500, 32, 1, "key")
 
 
 def test_an_image_of_the_right_size_is_left_alone():
     image = picture(32, 64)
-    assert resize(image, (32, 64)) is image
+    assert apply(image, Target((32, 64))) is image
