@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
+from data_prep.folders import ImageFolder, ImageSource, find_images
 from data_prep.pipeline import EncodeConfig, Failure, encode_images, fit_dct, one_torch_thread
-from data_prep.sources import ImageFolder, ImageSource, find_images
 from nitscale.autoencoders import Codec, codec_from_spec
 from nitscale.data.index import index_bytes, index_shard
 from nitscale.data.manifest import MANIFEST, Manifest

@@ -16,9 +16,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from data_prep.folders import ImageSource
 from data_prep.images import UnreadableImage, decode_image
 from data_prep.resize import native_size, resize
-from data_prep.sources import ImageSource
 from nitscale.autoencoders import Codec, DCTCodec
 from nitscale.errors import UserError
 

@@ -1,120 +1,93 @@
-"""Where images come from: a folder with one sub-folder a class, or with the images themselves and one class."""
+"""Sources of images, local or in an object store: folders, ImageNet as it is distributed, SA-1B, WebDataset.
 
-import hashlib
-import os
-from collections import Counter
-from dataclasses import dataclass
+A source divides its images into partitions, the same on every machine, and yields the items of one; an item knows its
+class or caption and reads its bytes when asked.
+"""
+
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
+from data_prep.catalogs import Catalog, CatalogSource, list_folder, scan_class_tars
+from data_prep.folders import find_images
+from data_prep.items import ImageItem, Partition, first_members
+from data_prep.mixed import TarSource, read_captions, sa1b_label, webdataset_label
+from nitscale.data.storage import Storage, open_object, open_storage
 from nitscale.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+KINDS = ("folder", "imagenet", "sa1b", "webdataset")
 
 
-@dataclass(frozen=True)
-class ImageSource:
-    """One image file of a folder."""
+class Source(Protocol):
+    """Images to encode."""
 
-    path: Path
-    name: str
-    """Path relative to the folder, with forward slashes: what messages and the dataset call it."""
-    label: int
-    """Position of its class in the folder's list."""
-    key: str
-    """Name of its sample in a shard: unique, without dots."""
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder, sorted by name."""
-
-    root: Path
-    classes: tuple[str, ...]
-    images: tuple[ImageSource, ...]
+    classes: tuple[str, ...] | None
+    """None: labels are the numbers found, and the manifest names the classes by them."""
+    digest: str
+    """Of names and sizes: tells another archive from this one."""
     ignored: dict[str, int]
-    """Number of other files by their suffix."""
+    """Number of files that are no images, by suffix."""
 
-    def digest(self) -> str:
-        """sha256 of the names and sizes of all images: tells another set of images from this one."""
-        lines = (f"{image.name}\x1f{image.path.stat().st_size}\n" for image in self.images)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    def partitions(self, images: int) -> list[Partition]:
+        """Of about `images` images each, where the source can be cut anywhere."""
+
+    def items(self, partition: Partition) -> Iterator[ImageItem]:
+        """The images of a partition, in order. UserError if its tar is damaged."""
 
 
-def find_images(root: str | Path) -> ImageFolder:
-    """The images (.jpg, .jpeg, .png, .webp) under `root`: classes are its sub-folders, sorted by name.
+def open_source(
+    uri: str | Path,
+    kind: str = "auto",
+    captions: str | Path | None = None,
+    classes: str | Path | None = None,
+    catalog: bytes | None = None,
+) -> Source:
+    """The source at `uri`: a folder or s3:// prefix, or one tar.
 
-    A folder without sub-folders is one class, named like the folder. Hidden files and folders are passed over.
-    UserError if the folder is missing, has no image, has an empty class, or has images beside its class folders.
+    `captions`: JSONL or Parquet with columns image_id and caption, for SA-1B. `classes`: a file with one class name a
+    line, for WebDataset whose samples name their class. `catalog`: what `Catalog.to_bytes` gave, to scan no tars again.
+    UserError if there is nothing of the kind.
     """
-    root = Path(root)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"images: {root} {what}; name a folder with one sub-folder of images a class")
-    ignored: Counter[str] = Counter()
-    try:
-        folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
-        loose = [p for p in files_below(root, recursive=False) if is_image(p, ignored)]
-        by_class = {p.name: [f for f in files_below(p) if is_image(f, ignored)] for p in folders}
-    except OSError as error:
-        raise UserError(f"images: cannot read {error.filename}: {error.strerror}") from error
-    if not loose and not any(by_class.values()):
-        seen = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(5)) or "nothing"
-        raise UserError(
-            f"images: no {', '.join(IMAGE_SUFFIXES)} below {root} (found {seen}); "
-            "convert the images or name another folder"
-        )
-    if loose and any(by_class.values()):
-        raise UserError(
-            f"images: {root} has images of its own (such as {loose[0].name}) beside class folders "
-            f"(such as {folders[0].name}); move them into a class folder"
-        )
-    if loose:
-        by_class = {root.resolve().name or "images": loose}
-    for name, files in by_class.items():
-        if not files:
-            raise UserError(f"images: class folder {root / name} has no image; put some there or remove the folder")
-    images: list[ImageSource] = []
-    keys: set[str] = set()
-    for label, files in enumerate(by_class.values()):
-        for path in files:
-            name = readable(path.relative_to(root).as_posix())
-            images.append(ImageSource(path, name, label, unique_key(name, keys)))
-    return ImageFolder(root, tuple(readable(name) for name in by_class), tuple(images), dict(ignored))
+    if kind not in ("auto", *KINDS):
+        raise UserError(f"images: unknown kind of source {kind!r}; choose one of {', '.join(KINDS)}")
+    if str(uri).lower().endswith(".tar"):
+        storage, name = open_object(uri)
+        try:
+            tars = {name: storage.size(name)}
+        except FileNotFoundError:
+            raise UserError(f"images: there is no tar {uri}; name a folder of images, or a tar of them") from None
+    else:
+        storage = open_storage(uri)
+        if "://" not in str(uri) and not Path(uri).is_dir():
+            find_images(uri)  # says what is wrong
+        tars = {name: size for name, size in storage.list("", recursive=True).items() if name.endswith(".tar")}
+    kind = recognise(storage, tars) if kind == "auto" else kind
+    if kind == "folder" or (kind == "imagenet" and not tars):
+        return CatalogSource(storage, list_folder(storage, uri))
+    if not tars:
+        raise UserError(f"images: no .tar below {uri}, which kind {kind!r} needs; use --kind folder for image files")
+    if kind == "imagenet":
+        found = Catalog.from_bytes(catalog, tars) if catalog is not None else scan_class_tars(storage, tars)
+        return CatalogSource(storage, found)
+    names = tuple(Path(classes).read_text().split("\n")) if classes is not None else None
+    names = tuple(name.strip() for name in names if name.strip()) if names is not None else None
+    if kind == "sa1b":
+        texts = read_captions(captions) if captions is not None else None
+        return TarSource(storage, tars, ("image",), lambda sample: sa1b_label(sample, texts))
+    return TarSource(storage, tars, names, lambda sample: webdataset_label(sample, names))
 
 
-def files_below(folder: Path, recursive: bool = True) -> list[Path]:
-    """Regular files in `folder` (and below), sorted by path, without hidden ones."""
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.as_posix())
-
-
-def is_image(path: Path, ignored: Counter[str]) -> bool:
-    """Whether the suffix is one of an image that is read; counts the others in `ignored`."""
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return True
-    ignored[path.suffix.lower() or "without suffix"] += 1
-    return False
-
-
-def unique_key(name: str, taken: set[str]) -> str:
-    """A WebDataset key like the file's name: no dots (WebDataset ends the key there), no suffix, not in `taken`."""
-    stem = name.rsplit(".", 1)[0]
-    base = "".join(character if character.isalnum() or character in "/-_" else "_" for character in stem)
-    key, copies = base, 1
-    while key in taken:
-        copies += 1
-        key = f"{base}-{copies}"
-    taken.add(key)
-    return key
-
-
-def readable(name: str) -> str:
-    """The name with bytes that are not UTF-8 replaced: file names may hold any bytes, JSON may not."""
-    return name.encode("utf-8", "replace").decode()
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def recognise(storage: Storage, tars: dict[str, int]) -> str:
+    """The kind of a source by its tars, and the first members of the first one."""
+    if not tars:
+        return "folder"
+    if all(re.fullmatch(r"(.*/)?n\d{8}\.tar", name) for name in tars):
+        return "imagenet"
+    first = next(iter(tars))
+    names = [member.name for member in first_members(storage, first, 4)]
+    if any(name.endswith(".tar") for name in names):
+        return "imagenet"
+    if any(re.fullmatch(r"(.*/)?sa_\d+\.(jpg|json)", name) for name in names):
+        return "sa1b"
+    return "webdataset"

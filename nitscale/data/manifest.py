@@ -139,7 +139,7 @@ def read_manifest(storage: Storage) -> Manifest:
         ) from error
     except OSError as error:
         raise UserError(f"manifest: cannot read {where}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"manifest: {where} is damaged: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

@@ -156,7 +156,7 @@ def _parse_safetensors(header: bytes) -> tuple[str, tuple[int, ...]] | None:
         (name, about), names = content.popitem(), {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
         shape = tuple(int(side) for side in about["shape"])
         begins = about["data_offsets"][0] == 0
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     if name != "latent" or content or not begins:
         return None

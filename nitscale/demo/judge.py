@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.sources import ImageFolder, find_images
+from data_prep.folders import ImageFolder, find_images
 from nitscale.data.manifest import Dataset
 from nitscale.demo.classifier import classify
 from nitscale.demo.shapes import CLASSES

@@ -1,92 +1,305 @@
-import os
+import io
+import json
+import tarfile
 
 import pytest
 
-from data_prep.sources import find_images
+from data_prep.catalogs import Catalog, scan_class_tars
+from data_prep.items import OversizedImage
+from data_prep.sources import open_source
+from nitscale.data.storage import LocalStorage
 from nitscale.errors import UserError
+from tests.data_prep.pictures import make_folder
 
 
-def touch(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, contents in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(contents)
+            tar.addfile(info, io.BytesIO(contents))
+    return path
 
 
-def test_sub_folders_are_classes_sorted_by_name(tmp_path):
-    folder = find_images(touch(tmp_path, "dog/b.JPEG", "dog/a.png", "cat/deep/er/c.webp", "cat/a.jpg"))
-    assert folder.classes == ("cat", "dog")
-    assert [(image.name, image.label) for image in folder.images] == [
-        ("cat/a.jpg", 0),
-        ("cat/deep/er/c.webp", 0),
-        ("dog/a.png", 1),
-        ("dog/b.JPEG", 1),
-    ]
+def everything(source, images=3):
+    """All items of all partitions, in order."""
+    return [item for partition in source.partitions(images) for item in source.items(partition)]
 
 
-def test_a_folder_without_sub_folders_is_one_class_of_its_name(tmp_path):
-    folder = find_images(touch(tmp_path / "photos", "a.jpg", "b.jpg"))
-    assert folder.classes == ("photos",)
-    assert [image.label for image in folder.images] == [0, 0]
+def contents(source):
+    return {item.name: (item.label, item.read()) for item in everything(source)}
 
 
-def test_other_files_are_counted_and_hidden_ones_passed_over(tmp_path):
-    folder = find_images(
-        touch(tmp_path, "a/1.jpg", "a/notes.txt", "a/2.HEIC", "a/.3.jpg", ".thumbnails/1.jpg", "README")
+class Remote:
+    """A folder that takes itself for an object store."""
+
+    def __init__(self, folder):
+        self.local, self.downloads, self.reads = LocalStorage(str(folder)), [], 0
+        self.prefix = f"s3://bucket/{folder.name}"
+
+    def __getattr__(self, name):
+        return getattr(self.local, name)
+
+    def read_range(self, name, offset, length):
+        self.reads += 1
+        return self.local.read_range(name, offset, length)
+
+    def download(self, name, path, size, sha256=None):
+        self.downloads.append(name)
+        self.local.download(name, path, size, sha256)
+
+
+CLASSES = {"n01440764": 3, "n01443537": 2, "n02084071": 4}
+
+
+@pytest.fixture
+def class_tars(tmp_path):
+    """ImageNet's class tars, in a folder; the images are a few bytes of their name."""
+    for wordnet_id, count in CLASSES.items():
+        members = [(f"{wordnet_id}_{i}.JPEG", f"{wordnet_id}/{i}".encode()) for i in range(count)]
+        write_tar(tmp_path / "classes" / f"{wordnet_id}.tar", [*members, ("notes.txt", b"no image")])
+    return tmp_path / "classes"
+
+
+@pytest.fixture
+def imagenet(class_tars):
+    """The tar of class tars."""
+    tars = sorted(class_tars.iterdir(), reverse=True)
+    return write_tar(class_tars.parent / "train.tar", [(tar.name, tar.read_bytes()) for tar in tars])
+
+
+EXPECTED = {
+    f"{wordnet_id}/{wordnet_id}_{i}.JPEG": (label, f"{wordnet_id}/{i}".encode())
+    for label, (wordnet_id, count) in enumerate(CLASSES.items())
+    for i in range(count)
+}
+
+
+def test_a_tar_of_class_tars_and_a_folder_of_them_give_the_same_images(imagenet, class_tars):
+    for source in (open_source(imagenet), open_source(class_tars), open_source(class_tars, "imagenet")):
+        assert source.classes == tuple(CLASSES)
+        assert contents(source) == EXPECTED
+        assert source.ignored == {".txt": 3}
+    assert open_source(imagenet).digest == open_source(class_tars).digest
+
+
+def test_extracted_imagenet_is_a_folder_of_classes(class_tars, tmp_path):
+    for tar in class_tars.iterdir():
+        with tarfile.open(tar) as file:
+            file.extractall(tmp_path / "extracted" / tar.stem, filter="data")
+    source = open_source(tmp_path / "extracted", "imagenet")
+    assert source.classes == tuple(CLASSES)
+    assert contents(source) == EXPECTED
+
+
+def test_partitions_mix_the_classes_and_hold_every_image_once(imagenet):
+    source = open_source(imagenet)
+    partitions = source.partitions(4)
+    assert [(p.name, p.num_images) for p in partitions] == [("000000", 4), ("000001", 4), ("000002", 1)]
+    labels = [item.label for item in source.items(partitions[0])]
+    assert len(set(labels)) > 1
+    items = everything(source)
+    assert sorted(item.name for item in items) == sorted(EXPECTED)
+    assert len({item.key for item in items}) == len(items)
+    assert not any("." in item.key for item in items)
+    assert [item.name for item in everything(open_source(imagenet))] == [item.name for item in items]
+
+
+def test_a_catalog_spares_the_scan(imagenet, monkeypatch):
+    catalog = open_source(imagenet).catalog.to_bytes()
+    monkeypatch.setattr("data_prep.sources.scan_class_tars", pytest.fail)
+    assert contents(open_source(imagenet, catalog=catalog, kind="imagenet")) == EXPECTED
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-40], lambda c: b"", lambda c: c.replace(b"train.tar", b"other.tar")])
+def test_a_catalog_of_other_tars_is_refused(imagenet, change):
+    catalog = open_source(imagenet).catalog.to_bytes()
+    with pytest.raises(UserError, match="catalog of the source is damaged or of other tars"):
+        open_source(imagenet, catalog=change(catalog))
+
+
+def test_scanning_reads_headers_and_not_images(class_tars):
+    big = write_tar(class_tars / "n01440764.tar", [(f"{i}.JPEG", bytes(300_000)) for i in range(5)])
+    remote = Remote(class_tars)
+    catalog = scan_class_tars(remote, {big.name: big.stat().st_size})
+    assert isinstance(catalog, Catalog) and catalog.length.tolist() == [300_000] * 5
+    assert remote.reads * (1 << 16) < big.stat().st_size
+
+
+def test_a_folder_of_images_is_a_source(tmp_path):
+    folder = make_folder(tmp_path / "images")
+    source = open_source(folder)
+    assert source.classes == ("class-0", "class-1")
+    assert contents(source) == {
+        path.relative_to(folder).as_posix(): (int(path.parent.name[-1]), path.read_bytes())
+        for path in folder.rglob("*.*")
+    }
+
+
+def test_a_prefix_of_images_is_a_source(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "images")
+    (folder / "class-0" / "notes.txt").write_text("x")
+    remote = Remote(folder)
+    monkeypatch.setattr("data_prep.sources.open_storage", lambda uri: remote)
+    source = open_source("s3://bucket/images")
+    assert (source.classes, source.ignored) == (("class-0", "class-1"), {".txt": 1})
+    (folder / "class-0" / "notes.txt").unlink()
+    assert contents(source) == contents(open_source(folder))
+
+
+@pytest.fixture
+def sa1b(tmp_path):
+    for number in range(2):
+        members = []
+        for i in range(number * 3, number * 3 + 3):
+            about = json.dumps({"image": {"image_id": i}, "annotations": []}).encode()
+            members += [(f"./sa_{i}.jpg", f"image {i}".encode()), (f"./sa_{i}.json", about)]
+        write_tar(tmp_path / "sa1b" / f"sa_{number:06d}.tar", members)
+    return tmp_path / "sa1b"
+
+
+def test_sa1b_is_read_tar_by_tar_with_captions_by_image_id(sa1b, tmp_path):
+    (tmp_path / "captions.jsonl").write_text(
+        "".join(f'{{"image_id": {i}, "caption": "text {i}"}}\n' for i in (0, 1, 4))
     )
-    assert [image.name for image in folder.images] == ["a/1.jpg"]
-    assert folder.ignored == {".txt": 1, ".heic": 1, "without suffix": 1}
+    source = open_source(sa1b, captions=tmp_path / "captions.jsonl")
+    assert source.classes == ("image",)
+    partitions = source.partitions(1000)
+    assert [p.name for p in partitions] == ["sa_000000", "sa_000001"]
+    items = everything(source)
+    assert [item.read() for item in items] == [f"image {i}".encode() for i in range(6)]
+    assert [item.text for item in items] == ["text 0", "text 1", "", "", "text 4", ""]
+    assert len({item.key for item in items}) == 6
+    assert open_source(sa1b).items(partitions[0]).__next__().text is None
 
 
-def test_keys_have_no_dots_and_are_unique(tmp_path):
-    names = ["a/x.jpg", "a/x.png", "a/x.y.jpg", "a/x_y.jpg", "a b/über.jpg", "a/x-2.jpg"]
-    keys = [image.key for image in find_images(touch(tmp_path, *names)).images]
-    assert len(set(keys)) == len(names)
-    assert not any("." in key for key in keys)
-    assert "a_b/über" in keys
+def test_captions_come_from_parquet_too(sa1b, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image_id": [0, 5], "caption": ["zero", "five"]})
+    parquet.write_table(table, tmp_path / "captions.parquet")
+    texts = [item.text for item in everything(open_source(sa1b, captions=tmp_path / "captions.parquet"))]
+    assert texts == ["zero", "", "", "", "", "five"]
 
 
-def test_names_that_are_not_utf_8_are_readable(tmp_path):
-    folder = touch(tmp_path, "a/ok.jpg")
-    open(os.path.join(os.fsencode(folder), b"a", b"bad\xff.jpg"), "wb").close()
-    names = [image.name for image in find_images(folder).images]
-    assert names == ["a/bad?.jpg", "a/ok.jpg"]
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"image_id": "x", "caption": "y"}', "{"])
+def test_captions_that_are_none_are_refused(sa1b, tmp_path, line):
+    (tmp_path / "captions.jsonl").write_text('{"id": 1, "text": "good"}\n' + line)
+    with pytest.raises(UserError, match=r"captions: .*captions\.jsonl"):
+        open_source(sa1b, captions=tmp_path / "captions.jsonl")
 
 
-def test_the_digest_tells_another_set_of_images_from_this_one(tmp_path):
-    digest = find_images(touch(tmp_path, "a/1.jpg", "a/2.jpg")).digest()
-    assert find_images(tmp_path).digest() == digest
-    (tmp_path / "a" / "2.jpg").write_bytes(b"longer")
-    changed = find_images(tmp_path).digest()
-    touch(tmp_path, "a/3.jpg")
-    assert len({digest, changed, find_images(tmp_path).digest()}) == 3
+def test_a_remote_tar_is_brought_to_a_scratch_folder_that_goes_with_its_images(sa1b, monkeypatch, tmp_path):
+    remote = Remote(sa1b)
+    monkeypatch.setattr("data_prep.sources.open_storage", lambda uri: remote)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    source = open_source("s3://bucket/sa1b")
+    items = list(source.items(source.partitions(9)[1]))
+    assert remote.downloads == ["sa_000001.tar"]
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
+    assert [item.read() for item in items] == [f"image {i}".encode() for i in (3, 4, 5)]
+    del items
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def webdataset(tmp_path, *samples):
+    members = [(f"{i:04d}.{suffix}", data) for i, sample in enumerate(samples) for suffix, data in sample.items()]
+    return write_tar(tmp_path / "web" / "a.tar", members).parent
+
+
+def test_labels_and_texts_of_a_webdataset_are_found_in_its_members(tmp_path):
+    folder = webdataset(
+        tmp_path,
+        {"jpg": b"0", "cls": b"7"},
+        {"png": b"1", "json": b'{"label": 3, "caption": "three"}'},
+        {"webp": b"2", "txt": "Bär".encode()},
+        {"jpeg": b"3", "json": b'{"class": "12"}', "txt": b"text"},
+        {"npy": b"no image"},
+    )
+    source = open_source(folder)
+    assert source.classes is None
+    assert [(i.label, i.text, i.read()) for i in everything(source)] == [
+        (7, None, b"0"), (3, "three", b"1"), (0, "Bär", b"2"), (12, "text", b"3"),
+    ]  # fmt: skip
+
+
+def test_classes_by_name_need_their_list(tmp_path):
+    folder = webdataset(tmp_path, {"jpg": b"0", "cls": b"dog"}, {"jpg": b"1", "cls": b"wolf"}, {"jpg": b"2"})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    source = open_source(folder, classes=tmp_path / "classes.txt")
+    assert source.classes == ("cat", "dog")
+    dog, wolf, none = everything(source)
+    assert (dog.label, dog.read()) == (1, b"0")
+    with pytest.raises(OversizedImage, match="class 'wolf' is not in the list"):
+        wolf.read()
+    with pytest.raises(OversizedImage, match=r"neither \.cls nor"):
+        none.read()
+
+
+@pytest.mark.parametrize("json_bytes", [b"{", b"[]", b"\xff", b'{"caption": ' + b"[" * 2000])
+def test_a_description_that_cannot_be_read_fails_its_image_alone(tmp_path, json_bytes):
+    folder = webdataset(tmp_path, {"jpg": b"0", "json": json_bytes}, {"jpg": b"1", "cls": b"1"})
+    bad, good = everything(open_source(folder))
+    assert good.read() == b"1"
+    with pytest.raises(OversizedImage, match="its description cannot be used"):
+        bad.read()
+
+
+def test_tars_with_members_of_one_name_give_keys_of_their_own(tmp_path):
+    for name in ("a/x.tar", "b/x.tar"):
+        write_tar(tmp_path / "web" / name, [("0.jpg", b"0"), ("0.cls", b"0"), ("1.a.jpg", b"1"), ("1.b.jpg", b"2")])
+    source = open_source(tmp_path / "web")
+    items = everything(source)
+    assert len({item.key for item in items}) == len(items)
+    assert len({p.name for p in source.partitions(1)}) == 2
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "webdataset"])
+def test_a_tar_that_was_cut_is_named(tmp_path, class_tars, kind):
+    folder = class_tars if kind == "imagenet" else webdataset(tmp_path, {"jpg": bytes(2000)}, {"jpg": bytes(2000)})
+    victim = sorted(folder.iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:1536])
+    with pytest.raises(UserError, match=rf"{victim.name}.* is damaged .*it was cut"):
+        everything(open_source(folder))
+
+
+def test_a_tar_of_links_is_refused(tmp_path):
+    (tmp_path / "web").mkdir()
+    with tarfile.open(tmp_path / "web" / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("0.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match="is a link"):
+        open_source(tmp_path / "web")
+
+
+def test_an_image_of_gigabytes_is_not_read(tmp_path, monkeypatch):
+    folder = webdataset(tmp_path, {"jpg": bytes(5000), "cls": b"1"})
+    monkeypatch.setattr("data_prep.items.LARGEST_IMAGE", 4999)
+    (item,) = everything(open_source(folder))
+    with pytest.raises(OversizedImage, match="5,000 bytes are more than 4,999"):
+        item.read()
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("what", "kind", "message"),
     [
-        ([], r"no \.jpg, .* below .* \(found nothing\)"),
-        (["a/x.gif", "a/y.gif", "b/z.txt"], r"found 2 \.gif, 1 \.txt"),
-        (["a/x.jpg", "b/y.txt"], r"class folder .*b has no image"),
-        (["a/x.jpg", "y.jpg"], r"images of its own \(such as y\.jpg\) beside class folders \(such as a\)"),
+        ("nowhere", "auto", "does not exist"),
+        ("none.tar", "auto", "there is no tar"),
+        ("empty", "auto", "no .jpg"),
+        ("empty", "webdataset", "no .tar below"),
+        ("empty", "mosaic", "unknown kind of source 'mosaic'"),
     ],
 )
-def test_a_folder_that_is_no_image_set_is_refused_with_the_reason(tmp_path, names, message):
+def test_what_is_no_source_is_refused_with_the_way_out(tmp_path, what, kind, message):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        find_images(touch(tmp_path, *names))
+        open_source(tmp_path / what, kind)
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist"):
-        find_images(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file is not a folder"):
-        find_images(tmp_path / "file")
-
-
-def test_links_to_nowhere_and_special_files_are_no_images(tmp_path):
-    touch(tmp_path, "a/1.jpg")
-    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    os.mkfifo(tmp_path / "a" / "3.jpg")
-    assert [image.name for image in find_images(tmp_path).images] == ["a/1.jpg"]
+def test_two_tars_of_one_class_are_refused(class_tars):
+    (class_tars / "again").mkdir()
+    (class_tars / "again" / "n01440764.tar").write_bytes((class_tars / "n01440764.tar").read_bytes())
+    with pytest.raises(UserError, match="two tars of class n01440764"):
+        open_source(class_tars)
