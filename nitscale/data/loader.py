@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from nitscale.data.cache import CachedStorage
 from nitscale.data.manifest import Dataset
 from nitscale.data.plan import Pack, Plan, PlanState
 from nitscale.data.shards import LATENT_DTYPES, LatentRef, UnreadableSample, read_latent_bytes
@@ -222,12 +223,12 @@ class _RankPacks(Sampler[Pack]):
 
     def expect_shards(self, state: PlanState) -> None:
         """Tell a cache which shards this rank reads in this round and the next, so that it fetches and keeps them."""
-        expect = getattr(self.dataset.storage, "expect", None)
-        if expect is None:
+        storage = self.dataset.storage
+        if not isinstance(storage, CachedStorage):
             return
         lanes = self.plan.lanes_of(self.rank, self.world_size)
         coming = self.plan.shards_of(state, lanes) + self.plan.shards_of(self.plan.next_round(state), lanes)
-        expect([self.dataset.index.shards[shard] for shard in dict.fromkeys(coming)])
+        storage.expect([self.dataset.index.shards[shard] for shard in dict.fromkeys(coming)])
 
 
 def _as_it_is(item: Any) -> Any:

@@ -6,13 +6,14 @@ The manifest's digest is the dataset's version: it covers the codec, the classes
 import hashlib
 import json
 import posixpath
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nitscale.autoencoders import Codec, codec_from_spec
+from nitscale.data.cache import CachedStorage
 from nitscale.data.index import DatasetIndex, load_index
 from nitscale.data.shards import EXTRA_MEMBERS, LATENT_DTYPES, read_latent
 from nitscale.data.storage import Storage, open_storage
@@ -84,6 +85,11 @@ class Dataset:
     manifest: Manifest
     index: DatasetIndex
     storage: Storage
+
+    def cached(self, folder: str | Path, limit_bytes: int) -> "Dataset":
+        """The same dataset, of which shards are read from copies in `folder`, which holds at most `limit_bytes`."""
+        shards = {shard["tar"]: (shard["bytes"], shard["sha256"]) for shard in self.manifest.shards}
+        return replace(self, storage=CachedStorage(self.storage, folder, limit_bytes, shards))
 
     def latent(self, sample_id: int, flipped: bool = False) -> Tensor:
         """One latent (channels, h, w) as it is stored. UnreadableSample if it cannot be read."""

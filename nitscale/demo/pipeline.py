@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from data_prep.encode import encode_folder
-from data_prep.pipeline import EncodeConfig
 from data_prep.folders import find_images
+from data_prep.pipeline import EncodeConfig
 from nitscale.checkpoints import newest_whole
 from nitscale.config import load_config
 from nitscale.data.manifest import MANIFEST, Dataset, load_dataset

@@ -3,9 +3,13 @@
 Each component owns its section; those that only the loop needs stand here. `nitscale.config.load_config` reads it.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from nitscale.data.manifest import Dataset, load_dataset
 from nitscale.data.plan import PlanConfig
 from nitscale.models.transformer import ModelConfig
 from nitscale.train.ema import EMAConfig
@@ -18,7 +22,12 @@ class DataConfig:
     """Which latents, and how they become packs."""
 
     path: str
-    """Prefix of the dataset: the folder that `nitscale encode` wrote."""
+    """Prefix of the dataset that `nitscale encode` wrote: a folder or s3://bucket/prefix."""
+    cache: str | None = None
+    """Folder on the node's own disk for copies of whole shards. Without one, shards in an object store are kept in the
+    folder for temporary files, and those of a file system are read where they are."""
+    cache_gb: float = 200.0
+    """Most that the cache holds, in 10⁹ bytes; `nitscale data plan` says what a run needs."""
     token_budget: int = 16384
     """Most tokens of a pack. One pack is one micro-batch of one data-parallel rank."""
     packs_per_step: int = 8
@@ -34,6 +43,14 @@ class DataConfig:
     """Chance that an image is taken mirrored."""
     workers: int = 2
     """Loader processes of each rank; 0 reads in the trainer's own process."""
+
+    def open(self) -> Dataset:
+        """The dataset, behind a cache of its shards where there is one. UserError as `load_dataset`."""
+        dataset = load_dataset(self.path)
+        if self.cache is None and "://" not in self.path:
+            return dataset
+        folder = self.cache or Path(tempfile.gettempdir(), f"nitscale-cache-{os.getuid()}")
+        return dataset.cached(folder, int(self.cache_gb * 1e9))
 
     def plan(self, seed: int, patch_size: int) -> PlanConfig:
         return PlanConfig(

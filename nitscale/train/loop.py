@@ -21,7 +21,6 @@ from nitscale.checkpoints import Checkpoint
 from nitscale.config import to_yaml
 from nitscale.data.digest import chain_digest
 from nitscale.data.loader import PackLoader
-from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Pack, Plan, PlanState
 from nitscale.errors import UserError
 from nitscale.files import atomic_write, disk_errors, exclusive_lock
@@ -53,7 +52,7 @@ class Trainer:
         self.process = process
         self.run = Path(config.run)
         self.ledger = self.run / "quarantine.jsonl"
-        self.dataset = load_dataset(config.data.path)
+        self.dataset = config.data.open()
         check_model_fits_data(config, self.dataset.manifest)
         self.plan = Plan(self.dataset, config.data.plan(config.seed, config.model.patch_size))
         self.model = PackedTransformer(config.model)
