@@ -78,22 +78,88 @@ def demo(
 
 @app.command(epilog="Example: nitscale encode photos/ data/photos --factor 16 --channels 32")
 def encode(
-    images: Annotated[Path, typer.Argument(help="Folder of images, one sub-folder a class or none.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the dataset to make.")],
-    factor: Annotated[int, typer.Option(help="Pixels of one latent cell's side.")] = 16,
+    source: Annotated[
+        str, typer.Argument(help="Images: a folder of classes, ImageNet's tars, SA-1B, a WebDataset; local or s3://.")
+    ],
+    output: Annotated[str, typer.Argument(help="Dataset to make: a folder or s3://bucket/prefix.")],
+    kind: Annotated[str, typer.Option(help="auto, folder, imagenet, sa1b or webdataset.")] = "auto",
+    captions: Annotated[
+        Path | None, typer.Option(help="JSONL or Parquet with image_id and caption, for SA-1B.")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line, for WebDataset.")] = None,
+    resize: Annotated[
+        str, typer.Option(help="Rules, each a sample of every image: native,square-256,area-256,mixed-256.")
+    ] = "native",
+    codec: Annotated[
+        str, typer.Option(help="dct, dc-ae-f32c32, sd-vae-ft-ema, sdxl-vae, a folder or a hub id.")
+    ] = "dct",
+    codec_dtype: Annotated[str, typer.Option(help="What the codec computes in: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="What latents are stored as: float16 or bfloat16.")] = "float16",
+    flips: Annotated[bool, typer.Option(help="Store the latents of mirror images, too.")] = True,
+    jpeg: Annotated[bool, typer.Option("--jpeg", help="Store the encoded pixels, too, as JPEG.")] = False,
+    text: Annotated[bool | None, typer.Option(help="Store captions; default: if the first images have any.")] = None,
+    factor: Annotated[int, typer.Option(help="Pixels of one latent cell's side, for the DCT codec.")] = 16,
     channels: Annotated[int, typer.Option(help="Channels of the DCT codec's latents.")] = 32,
     patch_size: Annotated[int, typer.Option(help="Latent cells of one token's side that the model will use.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Larger images are scaled down to this many tokens.")] = 4096,
-    shard_samples: Annotated[int, typer.Option(help="Images of one shard.")] = 2048,
+    shard_samples: Annotated[int, typer.Option(help="Samples of one shard.")] = 2048,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode; default: one a core.")] = None,
+    codec_threads: Annotated[int, typer.Option(help="Threads of the codec on a CPU; a network gains by more.")] = 1,
+    job: Annotated[
+        str | None, typer.Option(help="Make only every --of-th partition from this one on, or: slurm.")
+    ] = None,
+    of: Annotated[int | None, typer.Option(help="Number of jobs.")] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only write what all jobs share: recipe and catalog.")
+    ] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="Only build the manifest, after all jobs.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make partitions anew in which images failed.")
+    ] = False,
+    max_failures: Annotated[float, typer.Option(help="Share of the images that may fail (20 may always).")] = 0.01,
 ) -> None:
-    """Encode a folder of images to latent shards. Run it again to finish what was interrupted."""
-    from data_prep.encode import EncodeConfig, encode_folder
+    """Encode images to latent shards. Run it again to finish what was interrupted."""
+    from data_prep.encode import EncodeConfig, JobOptions, default_device
+    from data_prep.encode import encode as run_encode
+    from data_prep.job import parse_share
 
+    if prepare and (finish or job is not None or retry_failed):
+        raise UserError("encode: --prepare goes with none of --job, --finish and --retry-failed")
     config = EncodeConfig(
-        factor=factor, channels=channels, patch_size=patch_size, max_tokens=max_tokens, shard_samples=shard_samples
+        resize=tuple(rule.strip() for rule in resize.split(",")),
+        factor=factor,
+        channels=channels,
+        patch_size=patch_size,
+        max_tokens=max_tokens,
+        shard_samples=shard_samples,
+        dtype=dtype,
+        flips=flips,
+        jpeg=jpeg,
+        text=text,
+    )
+    options = JobOptions(
+        device=device or default_device(),
+        workers=workers,
+        codec_threads=codec_threads,
+        share=parse_share(job, of),
+        only="prepare" if prepare else "finish" if finish else None,
+        retry_failed=retry_failed,
+        max_failures=max_failures,
     )
     with resumable():
-        print(encode_folder(images, output, config).summary())
+        report = run_encode(
+            source,
+            output,
+            config,
+            codec=codec,
+            codec_dtype=codec_dtype,
+            options=options,
+            kind=kind,
+            captions=captions,
+            classes=classes,
+        )
+        print(report.summary())
 
 
 @app.command(epilog="Example: torchrun --nproc-per-node 2 -m nitscale train configs/demo.yaml data.path=data/photos")
@@ -195,7 +261,7 @@ def verify(checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one
     print(f"checkpoint: {found.folder} is whole")
 
 
-data = typer.Typer(help="Datasets of latents: plan, digest.", no_args_is_help=True)
+data = typer.Typer(help="Datasets of latents: plan, digest, index, inspect, verify.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
@@ -248,6 +314,18 @@ def digest(
     run = load_config(RunConfig, config, overrides or [])
     with resumable():
         print_digests(run.data.path, run.data.plan(run.seed, run.model.patch_size), steps)
+
+
+@data.command(name="verify", epilog="Example: nitscale data verify s3://bucket/imagenet --workers 16")
+def verify_data(
+    prefix: Annotated[str, typer.Argument(help="Dataset: a folder or s3://bucket/prefix.")],
+    workers: Annotated[int, typer.Option(min=1, help="Shards that are checked at once.")] = 8,
+) -> None:
+    """Check every byte of a dataset against its manifest and indices."""
+    from nitscale.data.verify import verify_dataset
+
+    with resumable():
+        print(verify_dataset(prefix, workers))
 
 
 def build_sampler(kind: Any, *, interval: str, **values: Any) -> Any:

@@ -8,19 +8,19 @@ import hashlib
 import io
 import json
 import math
-import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 
 from nitscale.data.shards import EXTRA_MEMBERS, LATENT_SUFFIXES, LatentRef, UnreadableSample, latent_header
 from nitscale.data.storage import Storage
+from nitscale.data.tars import DamagedTar, Member, read_at, scan
 from nitscale.errors import UserError
 
 COLUMNS = {
@@ -34,8 +34,18 @@ COLUMNS = {
 """Arrays of an index file beside `keys` (bytes, UTF-8); one entry a sample. Offset is the first byte of the latent's
 numbers, rows and columns are the latent's, and crc32c is (n, v), one for each variant. The optional members "image" and
 "text" have three more each: MEMBER_offset, MEMBER_length, MEMBER_crc32c."""
+LARGEST_TEXT = 1 << 20
+"""Bytes of a sample's .json or .cls."""
 READERS = 16
 """Index files that are read at once when a dataset is opened: an object store answers slowly, but many at a time."""
+
+
+class LatentKind(NamedTuple):
+    """What all latents of a dataset have in common."""
+
+    dtype: str
+    variants: int
+    channels: int
 
 
 def index_shard(path: Path, renditions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -43,37 +53,64 @@ def index_shard(path: Path, renditions: Sequence[str]) -> dict[str, np.ndarray]:
 
     ValueError if the shard is not what ShardWriter writes.
     """
-    samples: list[dict[str, Any]] = []
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            file.seek(member.offset_data)
-            payload = file.read(member.size)
-            key, _, suffix = member.name.rpartition("/")[2].partition(".")
-            key = member.name[: len(member.name) - len(suffix) - 1]
-            if not samples or samples[-1]["key"] != key:
-                samples.append({"key": key})
-            sample, suffix = samples[-1], f".{suffix}"
-            if suffix == ".json":
-                metadata = json.loads(payload)
-                sample |= {"label": metadata["label"], "rendition": renditions.index(metadata["rendition"])}
-            elif suffix in LATENT_SUFFIXES:
-                try:
-                    _, shape, start = latent_header(suffix, payload)
-                except UnreadableSample as error:
-                    raise ValueError(f"index: {path.name}: {member.name}: {error}") from error
-                variants = np.frombuffer(payload, np.uint8, offset=start).reshape(shape[0], -1)
-                sample |= {"offset": member.offset_data + start, "rows": shape[2], "columns": shape[3]}
-                sample |= {"crc32c": [google_crc32c.value(variant.tobytes()) for variant in variants]}
-            else:
-                name = next(name for name, extra in EXTRA_MEMBERS.items() if extra == suffix)
-                sample |= {f"{name}_offset": member.offset_data, f"{name}_length": member.size}
-                sample |= {f"{name}_crc32c": google_crc32c.value(payload)}
-    kinds = COLUMNS | extra_columns(name for name in EXTRA_MEMBERS if f"{name}_offset" in samples[0])
-    try:
-        arrays = {name: np.array([sample[name] for sample in samples], kind) for name, kind in kinds.items()}
-    except KeyError as error:
-        raise ValueError(f"index: {path.name}: a sample without {error}") from error
-    return {"keys": np.array([sample["key"].encode() for sample in samples], np.bytes_), **arrays}
+
+    def describe(texts: dict[str, bytes]) -> tuple[int, int]:
+        metadata = json.loads(texts[".json"])
+        return metadata["label"], renditions.index(metadata["rendition"])
+
+    return index_tar(path, describe)[0]
+
+
+def index_tar(
+    path: Path, describe: Callable[[dict[str, bytes]], tuple[int, int]], suffixes: Sequence[str] = LATENT_SUFFIXES
+) -> tuple[dict[str, np.ndarray], LatentKind]:
+    """Index of a WebDataset tar of latents on local disk, and their kind. `describe` gives label and rendition of a
+    sample by its members .json and .cls; `suffixes` are those of latents, (v, c, h, w) or (c, h, w).
+
+    ValueError that names tar and member if the tar is damaged, a member is no latent, or its kind is another.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, bytes]] = {}
+    first: LatentKind | None = None
+    with open(path, "rb") as file:
+        try:
+            for member in scan(file):
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                key, suffix = folder + slash + stem, dot + suffix
+                sample = samples.setdefault(key, {})
+                if suffix in suffixes:
+                    payload = read_at(file, member.offset, member.size)
+                    dtype, shape, start = latent_header(suffix, payload)
+                    if len(shape) not in (3, 4):
+                        raise ValueError(f"a latent is (c, h, w) or (v, c, h, w), not {list(shape)}")
+                    kind = LatentKind(dtype, shape[0] if len(shape) == 4 else 1, shape[-3])
+                    if kind != (first := first or kind):
+                        raise ValueError(f"{kind}, but the samples before are {first}")
+                    variants = np.frombuffer(payload, np.uint8, offset=start).reshape(kind.variants, -1)
+                    sample |= {"offset": member.offset + start, "rows": shape[-2], "columns": shape[-1]}
+                    sample |= {"crc32c": [google_crc32c.value(variant.tobytes()) for variant in variants]}
+                elif suffix in (".json", ".cls"):
+                    if member.size > LARGEST_TEXT:
+                        raise ValueError(f"it has {member.size:,} bytes")
+                    texts.setdefault(key, {})[suffix] = read_at(file, member.offset, member.size)
+                elif name := next((name for name, extra in EXTRA_MEMBERS.items() if extra == suffix), None):
+                    sample |= {f"{name}_offset": member.offset, f"{name}_length": member.size}
+                    sample |= {f"{name}_crc32c": google_crc32c.value(read_at(file, member.offset, member.size))}
+            samples = {key: sample for key, sample in samples.items() if "offset" in sample}
+            for key, sample in samples.items():
+                member = Member(key, 0, 0)  # for the message
+                sample["label"], sample["rendition"] = describe(texts.get(key, {}))
+        except DamagedTar as error:
+            raise ValueError(f"index: {path.name} is damaged: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError, UnreadableSample) as error:
+            raise ValueError(f"index: {path.name}: {member.name}: {error!r}") from error
+    if first is None:
+        raise ValueError(f"index: {path.name}: no latent (a member {' or '.join(suffixes)})")
+    shared = [name for name in EXTRA_MEMBERS if all(f"{name}_offset" in sample for sample in samples.values())]
+    columns = COLUMNS | extra_columns(shared)
+    arrays = {name: np.array([sample[name] for sample in samples.values()], kind) for name, kind in columns.items()}
+    return {"keys": np.array([key.encode() for key in samples], np.bytes_), **arrays}, first
 
 
 def extra_columns(members: Iterable[str]) -> dict[str, Any]:

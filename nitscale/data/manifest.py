@@ -15,7 +15,8 @@ from torch import Tensor
 from nitscale.autoencoders import Codec, codec_from_spec
 from nitscale.data.cache import CachedStorage
 from nitscale.data.index import DatasetIndex, load_index
-from nitscale.data.shards import EXTRA_MEMBERS, LATENT_DTYPES, read_latent
+from nitscale.data.objects import check_name
+from nitscale.data.shards import EXTRA_MEMBERS, LATENT_DTYPES, LATENT_SUFFIXES, read_latent
 from nitscale.data.storage import Storage, open_storage
 from nitscale.errors import UserError
 
@@ -44,6 +45,8 @@ class Manifest:
     """Of each shard: tar and index (object names), samples, bytes, sha256, index_sha256."""
     renditions: list[str] = field(default_factory=lambda: ["native"])
     """Resize rules whose results are in the dataset."""
+    latent_suffixes: list[str] = field(default_factory=lambda: list(LATENT_SUFFIXES))
+    """Of the members that are latents; others in tars that someone else wrote."""
     members: list[str] = field(default_factory=list)
     """Optional members that every sample has: "image", "text"."""
     schema_version: int = SCHEMA_VERSION
@@ -156,7 +159,7 @@ def read_manifest(storage: Storage) -> Manifest:
     try:
         manifest = Manifest(**content)
         expected = {"codec": dict, "dtype": str, "flips": bool, "classes": list, "samples": int, "shards": list}
-        expected |= {"renditions": list, "members": list}
+        expected |= {"renditions": list, "members": list, "latent_suffixes": list}
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(manifest, name), kind)]
         wrong += ["members"] * (not set(manifest.members) <= set(EXTRA_MEMBERS))
         for shard in manifest.shards:
@@ -167,6 +170,9 @@ def read_manifest(storage: Storage) -> Manifest:
     except (TypeError, KeyError, ValueError) as error:
         known = ", ".join(field.name for field in fields(Manifest))
         raise UserError(f"manifest: {where} is damaged: {error!r}; its fields are {known}") from error
+    for shard in manifest.shards if not wrong else ():
+        check_name(shard["tar"], storage.prefix)
+        check_name(shard["index"], storage.prefix)
     if wrong or not manifest.shards:
         raise UserError(f"manifest: {where} is damaged: wrong value of {', '.join(wrong) or 'shards'}")
     if manifest.dtype not in LATENT_DTYPES:

@@ -181,7 +181,7 @@ def test_a_member_that_is_no_plain_array_is_refused_and_never_unpickled(tmp_path
         member = tarfile.TarInfo(f"key.latent.{suffix}")
         member.size = len(payload)
         tar.addfile(member, io.BytesIO(payload))
-    with pytest.raises(ValueError, match=rf"key\.latent\.{suffix}: the payload"):
+    with pytest.raises(ValueError, match=rf"key\.latent\.{suffix}: .*the payload"):
         index_shard(tmp_path / "a.tar", ["native"])
 
 
