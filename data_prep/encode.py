@@ -1,76 +1,63 @@
-"""`nitscale encode`: a folder of images → a dataset of latent shards.
+"""`nitscale encode`: images of any archive → a dataset of latent shards, by one job or by many.
 
-The images are put in a fixed random order and cut into partitions, one a shard. A partition's shard, index and commit
-marker (`commits/NNNNNN.json`) are written in this order, each atomically, and the manifest comes last: killed at any
-point, the job continues with the first partition that has no marker and ends with the same bytes.
+A source is a list of partitions. A job makes those of its share that are missing, one after the other: each becomes
+shards, their indices and a commit marker, in this order. The manifest comes last, when all are there. Killed at any
+point, the same command goes on from there and ends with the same bytes.
 """
 
-import hashlib
-import json
 import os
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-from data_prep.folders import ImageFolder, ImageSource, find_images
-from data_prep.pipeline import EncodeConfig, Failure, encode_images, fit_dct, one_torch_thread
-from nitscale.autoencoders import Codec, codec_from_spec
-from nitscale.data.index import index_bytes, index_shard
-from nitscale.data.manifest import MANIFEST, Manifest
-from nitscale.data.shards import ShardWriter
+from data_prep.catalogs import CatalogSource
+from data_prep.commits import COMMITS, INDICES, SHARDS, Commit, read_commits
+from data_prep.encoder import Encoder
+from data_prep.finish import check_failures, finish
+from data_prep.items import Partition
+from data_prep.job import Job, Outcome, Share, progress_bar, run_job
+from data_prep.prepare import EncodeConfig, preparation
+from data_prep.recipe import check_recipe, complete, describe, read_recipe, settle_recipe
+from data_prep.report import EncodeReport, make_report
+from data_prep.sources import Source, open_source
+from data_prep.stages import Clock
+from data_prep.writer import Layout
+from nitscale.autoencoders import Codec, codec_from_spec, load_codec
+from nitscale.data.shards import LATENT_DTYPES
 from nitscale.data.storage import Storage, open_storage
 from nitscale.errors import UserError
-from nitscale.randomness import permutation
+from nitscale.files import remove_leftovers
 
-RECIPE = "encode.json"
-"""What the dataset is being made from, written first: a prefix never mixes two datasets."""
-FAILURES = "failures.jsonl"
-"""One line an image that was skipped, with the reason."""
+__all__ = ["EncodeConfig", "EncodeReport", "JobOptions", "encode", "encode_folder"]
 
-
-Commit: TypeAlias = dict[str, Any]
-"""A commit marker: name, samples, tokens, grids, failures; and bytes, sha256, index_sha256 where there is a shard."""
+CATALOG = "catalog.npz"
+"""Where every image lies in the tars of ImageNet, so that they are scanned by one job only."""
 
 
 @dataclass(frozen=True)
-class EncodeReport:
-    """What an encode did."""
+class JobOptions:
+    """How an encode is run, which changes nothing about the dataset."""
 
-    output: str
-    samples: int
-    tokens: int
-    """Latent cells of all samples: tokens at patch size 1."""
-    shards: int
-    reused_shards: int
-    """Shards that an earlier run had finished."""
-    failures: tuple[Failure, ...]
-    ignored: dict[str, int]
-    """Number of files that are no images, by their suffix."""
-    seconds: float
-    digest: str
-    """Of the manifest: the dataset's version."""
-
-    def summary(self) -> str:
-        """The report in a few lines, with the first skipped images."""
-        lines = [
-            f"{self.samples:,} images, {self.tokens:,} latent cells in {self.shards} shards "
-            f"({self.reused_shards} already there), {self.seconds:.1f} s: {self.output}"
-        ]
-        if self.failures:
-            lines.append(f"{len(self.failures):,} images skipped, all listed in {self.output}/{FAILURES}:")
-            lines += [f"  {failure.source}: {failure.reason}" for failure in self.failures[:5]]
-        if self.ignored:
-            lines.append("other files: " + ", ".join(f"{n} {suffix}" for suffix, n in self.ignored.items()))
-        return "\n".join(lines)
+    device: torch.device | str = "cpu"
+    workers: int | None = None
+    """Threads that decode; default: one a core."""
+    codec_threads: int = 1
+    """Threads of the codec, on a CPU: more help a network, and harm the DCT codec."""
+    share: Share | None = None
+    """One job of several, which does not finish the dataset; None makes all that is missing, and finishes it."""
+    only: Literal["prepare", "finish"] | None = None
+    """"prepare": write the recipe and stop. "finish": make no more partitions."""
+    retry_failed: bool = False
+    """Make partitions anew in which images failed."""
+    max_failures: float = 0.01
+    """Share of the images that may fail (or 20 images, if that is more)."""
+    progress: bool = True
+    """Whether to show a bar, where the output is a terminal."""
 
 
 def encode_folder(
@@ -82,253 +69,175 @@ def encode_folder(
     device: torch.device | str = "cpu",
     workers: int | None = None,
     progress: bool = True,
+    max_failures: float = 0.01,
 ) -> EncodeReport:
-    """Encode the folder `images` (see `find_images`) into a dataset at `output`, or finish one that was interrupted.
+    """Encode the image folder `images` into a dataset at `output`, or finish one that was interrupted. See `encode`."""
+    options = JobOptions(device=device, workers=workers, progress=progress, max_failures=max_failures)
+    return encode(images, output, config, codec=codec, options=options, kind="folder")
 
-    Without `codec` it is the DCT codec of the config, standardised on the first images; with one, its factor and
-    channels take the place of the config's. `workers` threads decode (default: one a core); they never change the
-    result. Images that cannot be used are skipped, counted and listed in the report and in `failures.jsonl`.
 
-    UserError if the folder is missing, empty or has an empty class, no image of a class can be read, `output` holds
-    another dataset or an encode in progress, or the disk is full or read-only.
+def encode(
+    source: str | Path,
+    output: str | Path,
+    config: EncodeConfig | None = None,
+    *,
+    codec: Codec | str | None = None,
+    codec_dtype: str = "bfloat16",
+    options: JobOptions | None = None,
+    kind: str = "auto",
+    captions: str | Path | None = None,
+    classes: str | Path | None = None,
+) -> EncodeReport:
+    """Encode `source` (see `open_source` for it, `kind`, `captions` and `classes`) into a dataset at `output`.
+
+    `codec` is "dct" or None: the DCT codec of the config, standardised on the first images; or a codec, or a name that
+    `load_codec` knows, computing in `codec_dtype`, whose factor and channels take the place of the config's. Images
+    that cannot be used are skipped, counted, and listed in the report and in failures.jsonl.
+
+    UserError if the source is not what it should be, `output` holds another dataset, partitions cannot be read, or are
+    missing when it is to be finished, too many images fail, no image of a class can be used, or the disk is full or
+    read-only. Partitions that were committed are kept in any case.
     """
     started = time.perf_counter()
-    config = config or EncodeConfig()
-    check_config(config)
-    folder = find_images(images)
+    config, options = config or EncodeConfig(), options or JobOptions()
+    check(config, codec_dtype, options)
+    check_places(str(source), str(output))
+    codec = None if codec == "dct" else codec
     storage = open_storage(output)
-    if Path(output).resolve().is_relative_to(Path(images).resolve()):
-        raise UserError(f"encode: the output {output} lies in the image folder {images}; choose another output")
-    order = permutation(len(folder.images), "encode", "order")
-    ordered = [folder.images[i] for i in order]
-    workers = workers or len(os.sched_getaffinity(0))
-    with (
-        storage.exclusive("encoding into"),
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
-        warnings.catch_warnings(),
-        one_torch_thread(),
-    ):
-        warnings.filterwarnings("ignore", module="PIL")  # what matters becomes an error, see images.py
-        try:
-            codec = prepare_recipe(storage, folder, config, codec, ordered, pool)
-            codec = codec.to(device)
-            job = EncodeJob(storage, folder, config, codec, device, pool)
-            commits, reused = job.run(ordered, progress)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        failures = tuple(sorted((Failure(**f) for c in commits for f in c["failures"]), key=lambda f: f.source))
-        check_classes(folder, failures)
-        if failures:
-            lines = (json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failures)
-            storage.write(FAILURES, "".join(lines).encode())
-        manifest = build_manifest(commits, codec, folder.classes)
-        storage.write(MANIFEST, manifest.to_json().encode())
+    opened = open_with_catalog(storage, partial(open_source, source, kind, captions, classes))
+    partitions = opened.partitions(max(1, config.shard_samples // len(config.resize)))
+    share = options.share or Share(0, 1)
+    mine = [(number, partition) for number, partition in enumerate(partitions) if share.mine(number)]
+    workers, outcome = options.workers or len(os.sched_getaffinity(0)), Outcome()
+    if options.only == "finish":
+        recipe = read_recipe(storage)
+        if recipe is None:
+            raise UserError(f"encode: nothing was begun in {storage.prefix}; run the command without --finish first")
+        check_recipe(storage, recipe, describe(opened, partitions, config, codec, captions))
+    else:
+        remove_unfinished(storage)
+        codec = load_codec(codec, LATENT_DTYPES[codec_dtype]) if isinstance(codec, str) else codec
+        wanted = describe(opened, partitions, config, codec, captions)
+        recipe = settle_recipe(storage, wanted, codec, partial(complete, opened, partitions, config, codec, workers))
+        codec = codec or codec_from_spec(recipe["codec"])
+        prepare = preparation(config, codec.factor, Clock())
+        if options.only != "prepare":
+            layout = Layout(config, opened.classes, recipe["text"])
+            encoder = Encoder(codec.to(options.device), torch.device(options.device), config.dtype, config.flips)
+            job = Job(storage, opened, layout, encoder, prepare, workers, options.codec_threads)
+            outcome = make_missing(job, mine, options)
+    names = [partition.name for _, partition in mine]
+    if options.only == "prepare" or options.share is not None:
+        manifest, commits = None, list(read_commits(storage, names)[0].values())
+        check_failures(commits, None, options.max_failures, storage)
+    else:
+        manifest, commits = finish(storage, recipe, names, options.max_failures)
     seconds = time.perf_counter() - started
-    return EncodeReport(
-        output=str(output),
-        samples=manifest.samples,
-        tokens=manifest.tokens,
-        shards=len(manifest.shards),
-        reused_shards=reused,
-        failures=failures,
-        ignored=folder.ignored,
-        seconds=seconds,
-        digest=manifest.digest,
+    return make_report(
+        storage.prefix, len(mine), len(partitions), commits, manifest, outcome, opened.ignored, workers, seconds
     )
 
 
-@dataclass(frozen=True, eq=False)
-class EncodeJob:
-    """Makes the shards that are missing."""
-
-    storage: Storage
-    folder: ImageFolder
-    config: EncodeConfig
-    codec: Codec
-    device: torch.device | str
-    pool: ThreadPoolExecutor
-
-    def run(self, ordered: list[ImageSource], progress: bool) -> tuple[list[Commit], int]:
-        """Make every partition that is not committed; the commits of all, and how many were there before."""
-        size = self.config.shard_samples
-        partitions = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        commits = [self.read_commit(f"{number:06d}") for number in range(len(partitions))]
-        reused = sum(commit is not None for commit in commits)
-        done = sum(len(part) for part, commit in zip(partitions, commits, strict=True) if commit)
-        # disable=None: no bar where the output is no terminal
-        bar = tqdm(total=len(ordered), initial=done, desc="encode", unit="image", disable=None if progress else True)
-        with bar:
-            for number, partition in enumerate(partitions):
-                if commits[number] is None:
-                    commits[number] = self.make_partition(f"{number:06d}", partition, bar)
-        return [commit for commit in commits if commit is not None], reused
-
-    def read_commit(self, name: str) -> Commit | None:
-        """The partition's commit marker, or None if the partition has still to be made."""
-        try:
-            commit: Commit = json.loads(self.storage.read(f"commits/{name}.json"))
-            if commit["samples"]:
-                index = self.storage.read(f"index/{name}.npz")
-                whole = self.storage.size(f"shards/{name}.tar") == commit["bytes"]
-                if not whole or hashlib.sha256(index).hexdigest() != commit["index_sha256"]:
-                    return None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return commit
-
-    def make_partition(self, name: str, sources: list[ImageSource], bar: tqdm) -> Commit:
-        """Encode one partition and commit it: shard, then index, then marker."""
-        commit: Commit = {"name": name, "samples": 0, "tokens": 0, "grids": {}, "failures": []}
-        with suppress(NoReadableImage), self.storage.create(f"shards/{name}.tar") as path:
-            self.write_shard(path, sources, commit, bar)
-            arrays = index_shard(path, ["native"])
-            with open(path, "rb") as file:
-                commit["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            commit["bytes"] = path.stat().st_size
-        if commit["samples"]:
-            assert len(arrays["keys"]) == commit["samples"]
-            index = index_bytes(arrays)
-            commit["index_sha256"] = hashlib.sha256(index).hexdigest()
-            self.storage.write(f"index/{name}.npz", index)
-        self.storage.write(f"commits/{name}.json", to_json(commit))
-        return commit
-
-    def write_shard(self, path: Path, sources: list[ImageSource], commit: Commit, bar: tqdm) -> None:
-        """Encode the images into a tar at `path` and count them in `commit`. NoReadableImage if it stays empty."""
-        grids: Counter[str] = Counter()
-        with open(path, "wb") as file, ShardWriter(file) as writer:
-            for item in encode_images(sources, self.codec, self.config, self.pool, self.device):
-                bar.update()
-                if isinstance(item, Failure):
-                    commit["failures"].append(asdict(item))
-                    continue
-                rows, columns = item.latents.shape[2:]
-                metadata = {
-                    "key": item.source.key,
-                    "class": self.folder.classes[item.source.label],
-                    "label": item.source.label,
-                    "rendition": "native",
-                    "image_size": list(item.image_size),
-                    "grid": [rows, columns],
-                    "source": item.source.name,
-                }
-                writer.add(item.source.key, item.latents, metadata)
-                grids[f"{rows} x {columns}"] += 1
-                commit["samples"] += 1
-                commit["tokens"] += rows * columns
-        commit["grids"] = dict(sorted(grids.items()))
-        if not commit["samples"]:
-            raise NoReadableImage
+def default_device() -> str:
+    """A GPU if there is one, unless NITSCALE_DEVICE=cpu."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("NITSCALE_DEVICE") != "cpu" else "cpu"
 
 
-class NoReadableImage(Exception):
-    """A partition without a single readable image has no shard."""
-
-
-def prepare_recipe(
-    storage: Storage,
-    folder: ImageFolder,
-    config: EncodeConfig,
-    codec: Codec | None,
-    ordered: list[ImageSource],
-    pool: ThreadPoolExecutor,
-) -> Codec:
-    """The codec to encode with. Records what the dataset is made from, or checks that it is what was recorded before.
-
-    UserError if the prefix holds a dataset made from something else, naming what differs.
-    """
-    if codec is not None:
-        config = replace(config, factor=codec.factor, channels=codec.channels)
-    recipe: dict[str, Any] = {
-        "config": asdict(config),
-        "classes": list(folder.classes),
-        "images": len(folder.images),
-        "images_digest": folder.digest(),
-    }
-    earlier = read_recipe(storage)
-    if earlier is None:
-        if storage.exists(MANIFEST):
-            raise UserError(
-                f"encode: {storage.prefix} already holds a dataset of another origin; choose another output"
-            )
-        codec = codec or fit_dct(ordered, config, pool)
-        storage.write(RECIPE, to_json(recipe | {"codec": codec.spec()}))
-        return codec
-    now, before = flatten(recipe), flatten({name: earlier.get(name) for name in recipe})
-    if codec is not None:
-        now["codec"], before["codec"] = codec.spec()["digest"], earlier["codec"].get("digest")
-    differing = [f"{name} is {now[name]!r}, was {before.get(name)!r}" for name in now if now[name] != before.get(name)]
-    if differing:
-        raise UserError(
-            f"encode: {storage.prefix} was begun with other images or settings ({'; '.join(differing[:4])}); "
-            "choose another output, or remove that folder to encode anew"
-        )
-    return codec or codec_from_spec(earlier["codec"])
-
-
-def read_recipe(storage: Storage) -> dict[str, Any] | None:
-    """What the dataset at the prefix was begun with, or None if there is none. UserError if it cannot be read."""
+def open_with_catalog(storage: Storage, open_it: Callable[..., Source]) -> Source:
+    """The source; what a scan of its tars found is kept in the dataset's prefix, or taken from there."""
     try:
-        recipe = json.loads(storage.read(RECIPE))
-        if not isinstance(recipe, dict) or not isinstance(recipe.get("codec"), dict):
-            raise ValueError("not a recipe")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"encode: {storage.prefix}/{RECIPE} is damaged ({error}); choose another output") from error
-    return recipe
+        catalog: bytes | None = storage.read(CATALOG)
+    except (FileNotFoundError, NotADirectoryError):
+        catalog = None
+    try:
+        source = open_it(catalog=catalog)
+    except UserError as error:
+        if catalog is None:
+            raise
+        raise UserError(f"{error} (with the catalog of an earlier run, {storage.prefix}/{CATALOG})") from error
+    if catalog is None and isinstance(source, CatalogSource) and (source.catalog.offset >= 0).any():
+        storage.put_if_absent(CATALOG, source.catalog.to_bytes())
+    return source
 
 
-def build_manifest(commits: Iterable[Commit], codec: Codec, classes: Iterable[str]) -> Manifest:
-    """The manifest of committed partitions."""
-    filled = [commit for commit in commits if commit["samples"]]
-    grids: Counter[str] = Counter()
-    for commit in filled:
-        grids.update(commit["grids"])
-    return Manifest(
-        codec=codec.spec(),
-        dtype="float16",
-        flips=True,
-        classes=list(classes),
-        samples=sum(commit["samples"] for commit in filled),
-        tokens=sum(commit["tokens"] for commit in filled),
-        grids=dict(sorted(grids.items())),
-        shards=[
-            {"tar": f"shards/{commit['name']}.tar", "index": f"index/{commit['name']}.npz"}
-            | {name: commit[name] for name in ("samples", "bytes", "sha256", "index_sha256")}
-            for commit in filled
-        ],
-    )
+def make_missing(job: Job, mine: Sequence[tuple[int, Partition]], options: JobOptions) -> Outcome:
+    """Make those of the partitions that are not committed, or have failures that are to be tried again.
+
+    UserError if some cannot be read, after the others were made; or if too many images fail, as soon as that is sure.
+    """
+    storage = job.storage
+    whole, damaged = read_commits(storage, [partition.name for _, partition in mine])
+    again = {name for name, commit in whole.items() if options.retry_failed and commit["failures"]}
+    kept = [commit for name, commit in whole.items() if name not in again]
+    to_do = [
+        (number, partition) for number, partition in mine if partition.name not in whole or partition.name in again
+    ]
+    numbers = [partition.num_images for _, partition in mine]
+    images = None if None in numbers else sum(number or 0 for number in numbers)
+
+    def committed(*commits: Commit) -> None:
+        kept.extend(commits)
+        if images is not None:
+            check_failures(kept, images, options.max_failures, storage)
+
+    if to_do:
+        committed()
+    done, failed = sum(commit["images"] for commit in kept), 0
+    with progress_bar(images, done, options.progress) as bar:
+
+        def progress(images: int, failures: int) -> None:
+            nonlocal failed
+            failed += failures
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(images)
+
+        outcome = run_job(job, to_do, frozenset(again | damaged), progress, committed) if to_do else Outcome()
+    if outcome.given_up:
+        raise UserError(
+            f"encode: {len(outcome.given_up)} of {len(to_do)} partitions cannot be read, the others are committed; "
+            f"mend the source and run again. The first: {outcome.given_up[0]}"
+        )
+    return outcome
 
 
-def check_classes(folder: ImageFolder, failures: Iterable[Failure]) -> None:
-    """UserError if no image of some class could be read."""
-    reasons = {failure.source: failure.reason for failure in failures}
-    labels = {image.label for image in folder.images if image.name not in reasons}
-    for image in folder.images:
-        if image.label not in labels:
-            raise UserError(
-                f"encode: no image of class {folder.classes[image.label]!r} can be used "
-                f"({image.name}: {reasons[image.name]}); mend its images or remove the class folder, "
-                "and encode into a new output"
-            )
+def remove_unfinished(storage: Storage) -> None:
+    """Remove the temporary files that killed jobs of this host left in a folder. (Those of S3 lie on the local disk,
+    and are removed by the storage.)"""
+    if "://" not in storage.prefix:
+        for folder in ("", COMMITS, SHARDS, INDICES):
+            remove_leftovers(Path(storage.prefix, folder))
 
 
-def check_config(config: EncodeConfig) -> None:
+def check_places(source: str, output: str) -> None:
+    """UserError if the output would become a part of the source."""
+    if "://" in source or "://" in output:
+        inside = f"{output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    else:
+        inside = Path(output).resolve().is_relative_to(Path(source).resolve())
+    if inside:
+        raise UserError(f"encode: the output {output} lies in the source {source}; choose another output")
+
+
+def check(config: EncodeConfig, codec_dtype: str, options: JobOptions) -> None:
     """UserError for a value that cannot be."""
     for item in fields(config):
-        if getattr(config, item.name) < 1:
-            raise UserError(f"encode: encode.{item.name} must be at least 1, got {getattr(config, item.name)}")
-
-
-def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with the config's fields named as in the configuration file."""
-    config = recipe.get("config") or {}
-    return {f"encode.{name}": value for name, value in config.items()} | {
-        name: value for name, value in recipe.items() if name != "config"
-    }
-
-
-def to_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
+        value = getattr(config, item.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1:
+            raise UserError(f"encode: encode.{item.name} must be at least 1, got {value}")
+    for name, dtype in (("dtype", config.dtype), ("codec_dtype", codec_dtype)):
+        if dtype not in LATENT_DTYPES:
+            raise UserError(f"encode: {name} is one of {', '.join(LATENT_DTYPES)}, got {dtype!r}")
+    if not config.resize or len(set(config.resize)) < len(config.resize) or len(config.resize) > 256:
+        raise UserError(f"encode: name every resize rule once, e.g. native,square-256; got {','.join(config.resize)!r}")
+    if not 0 <= options.max_failures <= 1:
+        raise UserError(f"encode: --max-failures is a share from 0 to 1, got {options.max_failures}")
+    if options.only == "finish" and options.share is not None:
+        raise UserError("encode: --finish is for all partitions; leave --job and --of out")
+    if min(options.workers or 1, options.codec_threads) < 1:
+        raise UserError("encode: give at least one worker and one thread to the codec")
+    try:
+        there = torch.device(options.device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        raise UserError(f"encode: there is no device {options.device!r}; give cpu, cuda or cuda:1") from None
+    if not there:
+        raise UserError(f"encode: this machine has no GPU for --device {options.device}; give --device cpu")

@@ -19,7 +19,7 @@ import yaml
 
 from data_prep.encode import encode_folder
 from data_prep.folders import find_images
-from data_prep.pipeline import EncodeConfig
+from data_prep.prepare import EncodeConfig
 from nitscale.checkpoints import newest_whole
 from nitscale.config import load_config
 from nitscale.data.manifest import MANIFEST, Dataset, load_dataset
@@ -133,12 +133,15 @@ def encode_all(demo: DemoConfig, images: Path) -> None:
     """Latent shards of the images to train on, and of those held out, with the same codec."""
     say(f"encoding to latent shards: {FACTOR} x {FACTOR} pixels become one token of {CHANNELS} numbers")
     config = EncodeConfig(factor=FACTOR, channels=CHANNELS, max_tokens=64 if demo.images else 4096, shard_samples=1024)
-    report = encode_folder(images, demo.out / "latents", config)
+    # Whatever the user's photos are: the rest is enough for a demo.
+    report = encode_folder(images, demo.out / "latents", config, max_failures=1.0)
     print(report.summary())
     if (demo.out / "heldout_images").exists():
         codec = load_dataset(demo.out / "latents").codec()
         try:
-            print(encode_folder(demo.out / "heldout_images", demo.out / "heldout", config, codec=codec).summary())
+            heldout = demo.out / "heldout"
+            report = encode_folder(demo.out / "heldout_images", heldout, config, codec=codec, max_failures=1.0)
+            print(report.summary())
         except UserError as error:
             if demo.images is None:
                 raise

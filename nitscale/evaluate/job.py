@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_prep.folders import find_images
 from data_prep.images import UnreadableImage, decode_image
-from data_prep.pipeline import EncodeConfig
+from data_prep.prepare import EncodeConfig
 from nitscale.autoencoders import Codec
 from nitscale.data.manifest import Dataset, load_dataset
 from nitscale.errors import UserError

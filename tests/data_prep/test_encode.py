@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from itertools import count
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import encode as encode_module
-from data_prep import pipeline
+from data_prep import pipeline, writer
 from data_prep.encode import encode_folder
-from data_prep.pipeline import EncodeConfig, to_float
+from data_prep.encoder import Encoder, to_float
+from data_prep.prepare import EncodeConfig
 from nitscale import files
 from nitscale.autoencoders import DCTCodec
 from nitscale.data.manifest import load_dataset
@@ -33,6 +34,11 @@ def encode(images, output, config=CONFIG, **options):
 def contents(output):
     """Every file of a dataset but the lock, with its bytes."""
     return {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def object_of(output, kind, partition):
+    """The file of one partition: its shard, index or marker."""
+    return next((output / kind).glob(f"{partition:06d}*"))
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ def test_the_same_images_give_the_same_bytes_with_any_number_of_workers(images, 
 
 
 def test_windows_and_batches_do_not_change_which_images_are_encoded(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_IMAGES", 2)
+    monkeypatch.setattr(pipeline, "WINDOW_SAMPLES", 2)
     monkeypatch.setattr(pipeline, "BATCH_PIXELS", 1)
     assert encode(images, tmp_path / "out").samples == 8
 
@@ -86,69 +92,88 @@ def test_a_finished_dataset_is_left_as_it_is(images, tmp_path, reference):
     encode(images, tmp_path / "out")
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "shards").iterdir()}
     report = encode(images, tmp_path / "out")
-    assert report.reused_shards == 3
+    assert report.reused_partitions == 3
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert contents(tmp_path / "out") == reference
 
 
-@pytest.mark.parametrize("victim", ["shards/000001.tar", "index/000001.npz", "commits/000001.json", "manifest.json"])
+@pytest.mark.parametrize("victim", ["shards", "index", "commits", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_rerun_makes_what_is_missing_or_cut_and_nothing_else(images, tmp_path, reference, victim, damage):
     encode(images, tmp_path / "out")
     path = tmp_path / "out" / victim
+    path = path if path.is_file() else object_of(tmp_path / "out", victim, 1)
     data = path.read_bytes()
     path.unlink() if damage == "missing" else path.write_bytes(data[: len(data) // 2])
     report = encode(images, tmp_path / "out")
-    assert report.reused_shards == (3 if victim == "manifest.json" else 2)
+    assert report.reused_partitions == (3 if victim == "manifest.json" else 2)
     assert contents(tmp_path / "out") == reference
 
 
-def encode_and_die(images, output, at, before_rename):
-    """Encode, and kill this process at the `at`-th file that is published."""
-    renames, replace = count(), os.replace
+def encode_and_die(images, output, at, before):
+    """Encode, and kill this process before or after a file gets its `at`-th name."""
+    names = count()
 
-    def dying(source, target):
-        if next(renames) == at:
-            if not before_rename:
-                replace(source, target)
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
+    def dying(give_name):
+        def wrapped(source, target):
+            here = next(names) == at
+            if not (here and before):
+                give_name(source, target)
+            if here:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = dying
+        return wrapped
+
+    os.replace, os.link = dying(os.replace), dying(os.link)
     encode(images, output)
+    os._exit(0)
 
 
-def test_a_kill_at_any_file_leaves_no_dataset_and_the_next_run_ends_with_the_same_bytes(images, tmp_path, reference):
-    files_written = len(reference)
-    for at in range(files_written):
-        for before_rename in (True, False):
-            output = tmp_path / f"out-{at}-{before_rename}"
-            process = multiprocessing.get_context("fork").Process(
-                target=encode_and_die, args=(images, output, at, before_rename)
-            )
-            process.start()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            if at < files_written - 1 or before_rename:
-                with pytest.raises(UserError, match="no dataset at"):
-                    load_dataset(output)
-            encode(images, output)
-            assert contents(output) == reference, (at, before_rename)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_at_any_file_leaves_no_dataset_and_the_next_run_ends_with_the_same_bytes(
+    images, tmp_path, reference, before
+):
+    for at in count():
+        output = tmp_path / f"out-{at}"
+        process = multiprocessing.get_context("fork").Process(target=encode_and_die, args=(images, output, at, before))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        if before or not (output / "manifest.json").exists():
+            with pytest.raises(UserError, match="no dataset at"):
+                load_dataset(output)
+        else:
+            load_dataset(output)
+        encode(images, output)
+        assert contents(output) == reference, at
+    assert at > len(reference)
 
 
-def test_ctrl_c_leaves_finished_shards_and_the_next_run_continues(images, tmp_path, reference, monkeypatch):
-    index_shard, calls = encode_module.index_shard, count()
+def test_ctrl_c_leaves_finished_partitions_and_the_next_run_continues(images, tmp_path, reference, monkeypatch):
+    launch, batches, commit, committed = Encoder.launch, count(), writer.commit_partition, threading.Event()
 
-    def interrupted(*arguments):
-        if next(calls) == 1:
+    def interrupted(self, pixels):
+        if next(batches) == 3:  # the first image of the second partition
+            assert committed.wait(60)
             raise KeyboardInterrupt
-        return index_shard(*arguments)
+        return launch(self, pixels)
 
-    monkeypatch.setattr(encode_module, "index_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        encode(images, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out" / "shards").iterdir()) == ["000000.tar"]
-    assert encode(images, tmp_path / "out").reused_shards == 1
+    def observed(*arguments):
+        result = commit(*arguments)
+        committed.set()
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "BATCH_PIXELS", 1)
+        patch.setattr(Encoder, "launch", interrupted)
+        patch.setattr(writer, "commit_partition", observed)
+        with pytest.raises(KeyboardInterrupt):
+            encode(images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "commits").iterdir()] == ["000000.json"]
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert encode(images, tmp_path / "out").reused_partitions == 1
     assert contents(tmp_path / "out") == reference
 
 
@@ -213,30 +238,6 @@ def test_an_output_that_is_a_file_is_an_error(images, tmp_path):
         encode(images, tmp_path / "out")
 
 
-def test_two_encodes_into_one_output_at_once_are_refused(images, tmp_path, reference):
-    context = multiprocessing.get_context("fork")
-    inside, leave = context.Event(), context.Event()
-
-    def slow(*arguments):
-        inside.set()
-        leave.wait(60)
-        os._exit(0)
-
-    def first():
-        encode_module.index_shard = slow
-        encode(images, tmp_path / "out")
-
-    process = context.Process(target=first)
-    process.start()
-    assert inside.wait(60)
-    with pytest.raises(UserError, match=rf"process \(id {process.pid}\) is encoding into .*out"):
-        encode(images, tmp_path / "out")
-    leave.set()
-    process.join()
-    encode(images, tmp_path / "out")
-    assert contents(tmp_path / "out") == reference
-
-
 def test_bad_images_are_skipped_counted_and_listed_with_reasons(images, tmp_path):
     truncated = images / "class-0" / "truncated.jpg"
     picture(64, 64).save(truncated)
@@ -281,7 +282,7 @@ def test_a_partition_without_a_readable_image_has_no_shard(images, tmp_path):
     report = encode(images, tmp_path / "out", EncodeConfig(shard_samples=1))
     assert (report.samples, report.shards, len(report.failures)) == (2, 2, 6)
     assert load_dataset(tmp_path / "out").index.num_samples == 2
-    assert encode(images, tmp_path / "out", EncodeConfig(shard_samples=1)).reused_shards == 8
+    assert encode(images, tmp_path / "out", EncodeConfig(shard_samples=1)).reused_partitions == 8
 
 
 def test_a_class_without_a_readable_image_is_an_error_and_no_dataset(images, tmp_path):
@@ -332,7 +333,7 @@ def test_an_output_with_a_dataset_of_another_origin_is_refused(images, tmp_path)
 
 
 def test_an_output_within_the_image_folder_is_refused(images):
-    with pytest.raises(UserError, match="lies in the image folder"):
+    with pytest.raises(UserError, match="lies in the source"):
         encode(images, images / "latents")
     assert not (images / "latents").exists()
 
