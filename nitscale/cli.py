@@ -316,6 +316,25 @@ def digest(
         print_digests(run.data.path, run.data.plan(run.seed, run.model.patch_size), steps)
 
 
+@data.command(name="index", epilog="Example: nitscale data index s3://bucket/latents --factor 32 --channels 32")
+def index_data(
+    prefix: Annotated[str, typer.Argument(help="Folder or s3:// prefix of WebDataset tars of latents.")],
+    codec: Annotated[Path | None, typer.Option(help="JSON description of their autoencoder, a codec's spec.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Without --codec: pixels of a latent cell's side.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Without --codec: channels of the latents.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line.")] = None,
+    label_key: Annotated[str | None, typer.Option(help="Where a sample's .json has its class.")] = None,
+    latent: Annotated[str | None, typer.Option(help="Suffix of the latents' members, e.g. latent.npy.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Tars that are read at once.")] = 8,
+) -> None:
+    """Make index and manifest for latents that someone else wrote as WebDataset tars."""
+    from nitscale.data.foreign import index_dataset, read_classes, read_codec
+
+    spec, names = read_codec(codec, factor, channels), read_classes(classes)
+    with resumable():
+        print(index_dataset(prefix, spec, names, label_key, latent, workers))
+
+
 @data.command(name="verify", epilog="Example: nitscale data verify s3://bucket/imagenet --workers 16")
 def verify_data(
     prefix: Annotated[str, typer.Argument(help="Dataset: a folder or s3://bucket/prefix.")],
