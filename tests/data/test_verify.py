@@ -24,8 +24,7 @@ def verify(folder):
 
 def rewrite_index(folder, **changes):
     """Another first index, which the manifest vouches for."""
-    path = folder / "index" / "000000.npz"
-    path = path if path.exists() else min((folder / "index").iterdir())
+    path = min((folder / "index").iterdir())
     with np.load(path) as file:
         arrays = {name: change(file[name]) if (change := changes.get(name)) else file[name] for name in file}
     buffer = io.BytesIO()
