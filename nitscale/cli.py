@@ -335,6 +335,18 @@ def index_data(
         print(index_dataset(prefix, spec, names, label_key, latent, workers))
 
 
+@data.command(name="inspect", epilog="Example: nitscale data inspect data/photos --out data/photos-inspected")
+def inspect_data(
+    prefix: Annotated[str, typer.Argument(help="Dataset: a folder or s3://bucket/prefix.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("inspected"),
+    patch_size: Annotated[int, typer.Option(min=1, help="Latent cells of a token's side.")] = 1,
+) -> None:
+    """What is in a dataset: a table, and pictures of sizes, lengths, classes and decoded images."""
+    from nitscale.data.overview import inspect_dataset
+
+    print(inspect_dataset(prefix, out, patch_size))
+
+
 @data.command(name="verify", epilog="Example: nitscale data verify s3://bucket/imagenet --workers 16")
 def verify_data(
     prefix: Annotated[str, typer.Argument(help="Dataset: a folder or s3://bucket/prefix.")],
