@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -74,7 +74,7 @@ class FaultProxy:
         self.log: list[tuple[str, str, dict[str, str], int]] = []
         """Of every request: method, path, headers, bytes of its body."""
         self._faults: list[Fault] = []
-        self._lock = threading.Lock()
+        self._lock, self.one_put = threading.Lock(), threading.Lock()
         self.closed = threading.Event()
         handler = type("Handler", (_Handler,), {"proxy": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -157,13 +157,21 @@ def s3_behind_faults() -> Iterator[FaultProxy]:
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         patch.setattr(s3, "FIRST_PAUSE", 0.002)
         patch.setattr(s3, "LONGEST_PAUSE", 0.01)
-        patch.setattr(s3, "RETRY_SECONDS", 10)
-        patch.setattr(storage, "STALL_SECONDS", 0.4)
+        patch.setattr(s3, "RETRY_SECONDS", 20)
+        patch.setattr(storage, "STALL_SECONDS", 10)  # however busy the machine is
         client().create_bucket(Bucket="bucket")
         proxy.clear()
         yield proxy
     proxy.close()
     server.stop()
+
+
+def notice_stalls(patch: pytest.MonkeyPatch) -> None:
+    """Make clients give up a connection that brings nothing for 0.3 s."""
+    from nitscale.data import storage
+
+    patch.setattr(storage, "STALL_SECONDS", 0.3)
+    patch.setattr(storage, "_clients", {})
 
 
 def client() -> Any:
@@ -208,7 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if fault.before:
                 fault.before()
-            reply = self._ask(body, fault.headers)
+            # moto 5.2 looks whether an object is there, and then puts it; for S3 that is one step.
+            with proxy.one_put if "If-None-Match" in self.headers else nullcontext():
+                reply = self._ask(body, fault.headers)
         if fault.lose_reply:
             return self._reset()
         if fault.change:

@@ -22,7 +22,7 @@ from nitscale.data.cache import CachedStorage
 from nitscale.data.shelf import Shelf, shelf_of
 from nitscale.data.storage import open_storage
 from nitscale.errors import UserError
-from tests.data.faults import flip_bit, s3_behind_faults
+from tests.data.faults import flip_bit, notice_stalls, s3_behind_faults
 
 fork = multiprocessing.get_context("fork")
 SIZE = 10_000
@@ -272,7 +272,7 @@ def test_what_a_killed_downloader_left_is_removed_when_room_is_needed(distant, p
     proxy.add(method="GET", stall_after=9500)
     downloader = fork.Process(target=read, args=(distant, "a"))
     downloader.start()
-    wait_for(lambda: list(distant._folder.glob(".*.tmp")))
+    wait_for(lambda: proxy.requests("GET"))
     (partial,) = distant._folder.glob(".*.tmp")
     downloader.kill()
     downloader.join()
@@ -282,13 +282,26 @@ def test_what_a_killed_downloader_left_is_removed_when_room_is_needed(distant, p
     assert cached(distant) == "bc"
 
 
-def test_a_process_forked_while_another_thread_fetches_can_read(distant, proxy):
+def test_a_process_forked_while_another_thread_fetches_can_read(distant, proxy, monkeypatch):
+    notice_stalls(monkeypatch)
     proxy.add(method="GET", stall_after=0)
     distant.expect(["shards/a", "shards/b", "shards/c"])
     wait_for(lambda: proxy.requests("GET"))
-    shelf = shelf_of(distant._folder)
-    with shelf._mutex:  # as the thread may hold it at that moment
+    held, over = threading.Event(), threading.Event()
+
+    def hold():  # as the thread may at the moment of the fork
+        with shelf_of(distant._folder)._mutex:
+            held.set()
+            over.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
         assert in_another_process(lambda: read(distant, "c") and read(distant, "a"))
+    finally:
+        over.set()
+        holder.join()
 
 
 def test_a_process_that_fetches_ahead_can_end_at_once(distant, proxy):
@@ -309,6 +322,24 @@ input()
     assert time.monotonic() - began < 5
 
 
+def test_a_file_that_another_process_has_just_put_right_stays(make, monkeypatch):
+    storage = make()
+    read(storage, "a")
+    path = storage._folder / storage._shards["shards/a"].entry
+    path.write_bytes(bytes(SIZE))
+    digest = hashlib.file_digest
+
+    def replace_meanwhile(*arguments):
+        found = digest(*arguments)
+        path.with_name("new").write_bytes(content("a"))
+        os.replace(path.with_name("new"), path)
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", replace_meanwhile)
+    storage.forget("shards/a")
+    assert path.read_bytes() == content("a")
+
+
 # Room
 
 
@@ -316,12 +347,13 @@ def test_what_nobody_expects_goes_first_and_the_longest_unused_of_it(make):
     storage = make()
     for name in "abcab":
         read(storage, name)
-    for age, name in enumerate("cab"):
+    for age, name in enumerate("acb"):
         os.utime(storage._folder / storage._shards[f"shards/{name}"].entry, (age, age))
+    assert read(make(), "a")  # opens it
     assert read(storage, "d")
     assert cached(storage) == "abd"
     assert read(storage, "e")
-    assert cached(storage) == "bde"
+    assert cached(storage) == "ade"
 
 
 def test_what_is_needed_latest_goes_next(make, living):
@@ -396,6 +428,54 @@ def test_who_needs_a_shard_waits_for_room_while_all_is_being_filled(make):
     thread.join()
     assert done == [True]
     shelf.end(entries[1])
+
+
+def test_what_another_process_is_fetching_counts_until_it_is_killed(make, living):
+    folder, entries = make()._folder, [digit * 32 for digit in "abc"]
+    process = living(
+        lambda: shelf_of(folder).begin(entries[0]) and shelf_of(folder).make_room(entries[0], 80, 100, None)
+    )
+    shelf = shelf_of(folder)
+    assert not shelf.begin(entries[0])
+    assert shelf.begin(entries[1])
+    assert not shelf.make_room(entries[1], 30, 100, None)
+    assert shelf.make_room(entries[1], 20, 100, None)
+    process.kill()
+    process.join()
+    assert shelf.begin(entries[2])
+    assert shelf.make_room(entries[2], 80, 100, None)
+    for entry in entries[1:]:
+        shelf.end(entry)
+
+
+def test_what_another_process_is_downloading_is_no_leftover(make, living):
+    folder, entries = make()._folder, [digit * 32 for digit in "ab"]
+    process = living(lambda: shelf_of(folder).begin(entries[0]))  # its disk was too full to tell the rest
+    partial = folder / f".{entries[0]}.0123456789abcdef.tmp"
+    partial.write_bytes(bytes(80))
+    shelf = shelf_of(folder)
+    assert shelf.begin(entries[1])
+    shelf.make_room(entries[1], 100, 100, None)
+    assert partial.exists()
+    process.kill()
+    process.join()
+    assert shelf.make_room(entries[1], 100, 100, None)
+    assert not partial.exists()
+    shelf.end(entries[1])
+
+
+def test_a_shard_that_is_removed_as_soon_as_it_was_fetched_is_not_fetched_again(make, monkeypatch):
+    storage = make()
+    end, ended = Shelf.end, []
+
+    def end_and_remove(shelf, entry):
+        end(shelf, entry)
+        ended.append(entry)
+        (storage._folder / entry).unlink(missing_ok=True)  # as another process may to make room
+
+    monkeypatch.setattr(Shelf, "end", end_and_remove)
+    assert read(storage, "a")
+    assert len(ended) == 1
 
 
 def test_a_working_set_that_does_not_fit_is_told(make):

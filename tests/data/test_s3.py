@@ -15,7 +15,7 @@ from nitscale.data import download, s3
 from nitscale.data import storage as storage_module
 from nitscale.data.storage import RangedFile, StorageError, open_storage
 from nitscale.errors import UserError
-from tests.data.faults import ACCESS_KEY, SECRET, client, flip_bit, s3_behind_faults, set_headers
+from tests.data.faults import ACCESS_KEY, SECRET, client, flip_bit, notice_stalls, s3_behind_faults, set_headers
 
 fork = multiprocessing.get_context("fork")
 DATA = bytes(range(256)) * 40
@@ -169,8 +169,8 @@ def test_giving_up_takes_a_bounded_time_and_says_how_long_it_was_tried(storage, 
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"gave up s3://bucket/.*/a after \d+ attempts.*SlowDown, 503.*run again"):
         storage.read("a")
-    assert time.monotonic() - started < 2
-    assert 3 < 1000 - proxy.pending() < 200
+    assert time.monotonic() - started < 5
+    assert 0 < 1000 - proxy.pending() < 200
     proxy.clear()
     monkeypatch.setenv("NITSCALE_S3_RETRY_SECONDS", "long")
     with pytest.raises(UserError, match="NITSCALE_S3_RETRY_SECONDS is 'long'"):
@@ -227,14 +227,15 @@ def test_a_reply_cut_at_any_byte_is_taken_up_where_it_stopped(storage, proxy, tm
 
 
 def test_a_reply_cut_again_and_again_is_read_in_the_end(storage, proxy, monkeypatch):
-    monkeypatch.setenv("NITSCALE_S3_RETRY_SECONDS", "0.5")  # without progress; there is some each time
+    monkeypatch.setenv("NITSCALE_S3_RETRY_SECONDS", "2")  # without progress; there is some each time
     proxy.add(len(DATA) // 100, method="GET", cut_body=100)
     assert storage.read("a") == DATA
     assert len(proxy.log) == len(DATA) // 100 + 1
 
 
 @pytest.mark.parametrize("position", [0, 30, 5000])
-def test_a_stalled_reply_is_given_up_and_asked_for_again(storage, proxy, position):
+def test_a_stalled_reply_is_given_up_and_asked_for_again(storage, proxy, monkeypatch, position):
+    notice_stalls(monkeypatch)
     proxy.add(method="GET", stall_after=position)
     started = time.monotonic()
     assert storage.read_range("a", 100, 9000) == DATA[100:9100]
@@ -281,6 +282,28 @@ def test_a_service_that_keeps_lying_is_an_error(storage, proxy, monkeypatch):
     with pytest.raises(StorageError, match=r"gave up .*no range, although one was asked for"):
         storage.read_range("a", 100, 50)
     proxy.clear()
+
+
+class LyingService:
+    """Says that an object has 100 bytes, and then sends `bodies`, one after another."""
+
+    def __init__(self, *bodies):
+        self.bodies = list(bodies)
+
+    def call(self, operation, **parameters):
+        return {"ContentLength": 100, "ETag": "x", "Body": io.BytesIO(self.bodies.pop(0))}
+
+
+@pytest.mark.parametrize("wrong", [DATA[:99], DATA[:101], b""])
+def test_a_body_of_another_length_than_its_reply_says_is_noticed_here_too(monkeypatch, wrong):
+    # botocore notices first what is too short, and never reads what is too long.
+    monkeypatch.setattr(s3, "FIRST_PAUSE", 0)
+    if len(wrong) > 100:
+        assert s3.S3Storage(LyingService(wrong, DATA[:100]), "bucket", "").read("a") == DATA[:100]
+    else:
+        rest = s3.S3Storage(LyingService(wrong), "bucket", "")
+        with pytest.raises(IndexError):  # of the service: the rest was asked for
+            rest.read("a")
 
 
 @pytest.mark.parametrize(("offset", "length"), [(len(DATA) - 5, 6), (len(DATA), 1), (10**9, 10)])
@@ -413,6 +436,23 @@ def test_processes_that_download_to_one_path_do_not_disturb_each_other(storage, 
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
+def test_a_download_that_another_process_has_just_finished_is_left_alone(storage, tmp_path, monkeypatch):
+    target = tmp_path / "a"
+
+    def finish_just_before(file, flags):
+        monkeypatch.undo()
+        os.write(file.fileno(), DATA)
+        os.replace(file_path(file), target)
+
+    def file_path(file):
+        return os.readlink(f"/proc/self/fd/{file.fileno()}")
+
+    monkeypatch.setattr(download, "lockf", finish_just_before)
+    storage.download("a", target, len(DATA), SHA256)
+    assert target.read_bytes() == DATA
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_full_disk_is_named_and_what_arrived_is_removed(storage, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
@@ -435,7 +475,8 @@ def test_a_put_that_is_cut_is_repeated(storage, proxy, position):
     assert storage.read("b") == storage.read("c") == DATA
 
 
-def test_a_put_whose_reply_was_lost_is_known_as_ones_own(storage, proxy):
+def test_a_put_whose_reply_was_lost_is_known_as_ones_own(storage, proxy, monkeypatch):
+    notice_stalls(monkeypatch)
     for loss in ({"lose_reply": True}, {"stall_after": 0}, {"cut_after": 9}):
         proxy.add(method="PUT", **loss)
         assert storage.put_if_absent(f"b/{loss}", b"mine")
@@ -535,7 +576,7 @@ def test_an_upload_that_fails_is_aborted(storage, proxy, small_parts, tmp_path):
     assert not [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()]
 
 
-def test_what_killed_writers_left_of_a_name_goes_when_it_is_written_again(storage, proxy, small_parts):
+def test_what_killed_writers_left_of_a_name_goes_when_it_is_written_again(storage, proxy, small_parts, tmp_path):
     proxy.add(method="PUT", containing="partNumber=2", stall_after=0)
     process = fork.Process(target=make, args=(storage, "big"))
     process.start()
@@ -545,7 +586,9 @@ def test_what_killed_writers_left_of_a_name_goes_when_it_is_written_again(storag
     client().create_multipart_upload(Bucket="bucket", Key=f"{storage._folder}/big.other")
     assert sorted(uploads()) == ["big", "big.other"]
     assert not storage.exists("big")
+    assert [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()]
     make(storage, "big")
+    assert not [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()]
     assert uploads() == ["big.other"]
     assert storage.read("big") == BIG
     (other,) = client().list_multipart_uploads(Bucket="bucket")["Uploads"]
