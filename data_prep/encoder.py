@@ -33,8 +33,8 @@ class Encoder:
     dtype: str = "float16"
     """Of the latents: a name in LATENT_DTYPES."""
     flips: bool = True
-    largest: float = float("inf")
-    """Pixels of the largest batch that may fit into memory."""
+    largest: int | None = None
+    """Pixels of the largest batch that may fit into memory, once one did not."""
 
     def stack(self, images: list[np.ndarray]) -> Tensor:
         """Images (H, W, 3) uint8 of one size → (b, H, W, 3), in page-locked memory for a GPU."""
@@ -49,9 +49,10 @@ class Encoder:
     def launch(self, pixels: Tensor) -> list[tuple[int, Pending]]:
         """Begin to encode a batch (b, H, W, 3): how many images, and their latents when they are asked for; several
         such parts in order if the batch is too large for the memory."""
-        most = int(max(1, self.largest // pixels[0, ..., 0].numel()))
-        if len(pixels) > most:
-            return [part for half in pixels.split(most) for part in self.launch(half)]
+        if self.largest is not None:
+            most = max(1, self.largest // pixels[0, ..., 0].numel())
+            if len(pixels) > most:
+                return [part for few in pixels.split(most) for part in self.launch(few)]
         try:
             return [(len(pixels), self._launch(pixels))]
         except torch.OutOfMemoryError:

@@ -102,8 +102,8 @@ def start_pipeline(
     """Start everything before the device, in threads of `stages`: the channel of what comes out, in order."""
     opened: Channel[Opened] = stages.add(Channel())
     to_open = stages.add(Budget(1))
-    work: OrderedWork[Prepared | Boundary] = stages.add(OrderedWork(AHEAD_IMAGES * workers))
     pixels = stages.add(Budget(AHEAD_PIXELS))
+    work: OrderedWork[Prepared | Boundary] = stages.add(OrderedWork(AHEAD_IMAGES * workers, pixels))
     batches: Channel[Batch | Message] = stages.add(Channel(BATCHES_AHEAD * BATCH_PIXELS))
     # Not waited for at the end: it may be downloading an archive.
     stages.start("open", partial(open_partitions, partitions, source, opened, to_open), wait=False)
@@ -163,7 +163,6 @@ def feed(
         images, error = 0, partition.error
         try:
             for item in partition.items:
-                pixels.wait()
                 work.put(partial(prepare_one, item))
                 images += 1
         except UserError as caught:

@@ -109,11 +109,14 @@ class Budget:
 
 
 class OrderedWork(Generic[T]):
-    """Work for several threads whose results come out in the order in which it went in, at most `limit` at once."""
+    """Work for several threads whose results come out in the order in which it went in, at most `limit` at once. None
+    is begun while `budget` is spent, which the work itself does, and who takes its results makes good."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, budget: Budget) -> None:
         self._order: Channel[_Slot[T]] = Channel(limit)
         self._tasks: Channel[_Slot[T]] = Channel()
+        self._budget = budget
+        self._turn = threading.Lock()
         self._stopped = False
         self._done = threading.Condition()
 
@@ -130,7 +133,12 @@ class OrderedWork(Generic[T]):
 
     def work(self) -> None:
         """Do what is there to be done, until nothing more will come."""
-        for slot in self._tasks:
+        while True:
+            with self._turn:  # or a later task could spend what an earlier one, whose result is due first, waits for
+                slot = next(self._tasks, None)
+                if slot is None:
+                    return
+                self._budget.wait()
             try:
                 slot.result = slot.task()
             except Exception as error:

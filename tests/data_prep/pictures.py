@@ -1,5 +1,6 @@
 """Image files for tests."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -22,3 +23,9 @@ def make_folder(root: Path, classes: int = 2, images: int = 4, seed: int = 0) ->
             suffix = "jpg" if i % 2 else "png"
             picture(*size, seed=seed + 10 * label + i).save(root / f"class-{label}" / f"{i}.{suffix}")
     return root
+
+
+def png(height: int, width: int, seed: int = 0) -> bytes:
+    """The contents of a PNG file with a picture."""
+    picture(height, width, seed).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
