@@ -114,8 +114,3 @@ def apply(image: Image.Image, target: Target) -> Image.Image:
         return image
     top, left = (height - target.crop[0]) // 2, (width - target.crop[1]) // 2
     return image.crop((left, top, left + target.crop[1], top + target.crop[0]))
-
-
-def resize(image: Image.Image, size: Size) -> Image.Image:
-    """The image at (height, width) pixels."""
-    return apply(image, Target(size))

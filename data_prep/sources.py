@@ -13,6 +13,7 @@ from data_prep.catalogs import Catalog, CatalogSource, list_folder, scan_class_t
 from data_prep.folders import find_images
 from data_prep.items import ImageItem, Partition, first_members
 from data_prep.mixed import TarSource, read_captions, sa1b_label, webdataset_label
+from nitscale.data.foreign import read_classes
 from nitscale.data.storage import Storage, open_object, open_storage
 from nitscale.errors import UserError
 
@@ -70,8 +71,7 @@ def open_source(
     if kind == "imagenet":
         found = Catalog.from_bytes(catalog, tars) if catalog is not None else scan_class_tars(storage, tars)
         return CatalogSource(storage, found)
-    names = tuple(Path(classes).read_text().split("\n")) if classes is not None else None
-    names = tuple(name.strip() for name in names if name.strip()) if names is not None else None
+    names = read_classes(Path(classes) if classes is not None else None)
     if kind == "sa1b":
         texts = read_captions(captions) if captions is not None else None
         return TarSource(storage, tars, ("image",), lambda sample: sa1b_label(sample, texts))

@@ -203,7 +203,7 @@ def read_classes(file: Path | None) -> tuple[str, ...] | None:
         names: Iterable[str] = (line.strip() for line in file.read_text().splitlines())
         classes = tuple(name for name in names if name)
     except (OSError, ValueError) as error:
-        raise UserError(f"index: cannot read {file}: {error}") from error
+        raise UserError(f"classes: cannot read {file}: {error}") from error
     if not classes or len(set(classes)) < len(classes):
-        raise UserError(f"index: {file} has no class, or one twice; give one name a line")
+        raise UserError(f"classes: {file} has no class, or one twice; give one name a line")
     return classes
