@@ -22,8 +22,8 @@ def forecast(dataset: Dataset, config: PlanConfig, world_size: int, ranks_per_no
     `fill`: tokens over token budget; `packs` and `steps` of an epoch; `imbalance`: mean over steps of the work of the
     busiest rank over the mean rank's; `entropy`: mean over steps of the Shannon entropy of the image sizes in the step,
     over that of the same images dealt to steps at random; `carried`: most images of a lane that waited for the next
-    round; `seconds` of planning. For a dataset with shards also `shard_reads`, which all nodes together fetch from an
-    object store in these steps, one GET each, and `cache_gb`, what a node holds at a time.
+    round; `seconds` of planning. For a dataset with shards also `gets`, which all nodes together fetch from an object
+    store in these steps, one a shard, and `cache_gb`, what a node holds at a time.
 
     UserError as `Plan` and `share_out`.
     """
@@ -87,7 +87,7 @@ def describe_forecast(report: dict[str, Any]) -> str:
         ("planned in", f"{report['seconds']:.2f} s"),
     ]
     if "nodes" in report:
-        reads = f"{report['shard_reads']:,} shards fetched an epoch by {report['nodes']} nodes, one GET each"
+        reads = f"{report['gets']:,} shards fetched an epoch by {report['nodes']} nodes, one GET each"
         lines.append(("object store", f"{reads}; a node's cache holds up to {report['cache_gb']:,.2f} GB"))
     return "\n".join(f"{name:>12}  {text}" for name, text in lines)
 
@@ -143,7 +143,7 @@ class ShardTraffic:
             self.held[node] = needed
 
     def describe(self) -> dict[str, Any]:
-        return {"nodes": len(self.nodes), "shard_reads": self.reads, "cache_gb": round(self.most_bytes / 1e9, 3)}
+        return {"nodes": len(self.nodes), "gets": self.reads, "cache_gb": round(self.most_bytes / 1e9, 3)}
 
 
 def lanes_of_nodes(plan: Plan, world_size: int, ranks_per_node: int) -> list[list[int]]:
