@@ -53,7 +53,7 @@ class JobOptions:
     only: Literal["prepare", "finish"] | None = None
     """"prepare": write the recipe and stop. "finish": make no more partitions."""
     retry_failed: bool = False
-    """Make partitions anew in which images failed."""
+    """Make partitions anew in which images failed, which may have been mended since (under their old names)."""
     max_failures: float = 0.01
     """Share of the images that may fail (or 20 images, if that is more)."""
     progress: bool = True
@@ -118,7 +118,8 @@ def encode(
         remove_unfinished(storage)
         codec = load_codec(codec, LATENT_DTYPES[codec_dtype]) if isinstance(codec, str) else codec
         wanted = describe(opened, partitions, config, codec, captions)
-        recipe = settle_recipe(storage, wanted, codec, partial(complete, opened, partitions, config, codec, workers))
+        first_images = partial(complete, opened, partitions, config, codec, workers)
+        recipe = settle_recipe(storage, wanted, codec, first_images, mended=options.retry_failed)
         codec = codec or codec_from_spec(recipe["codec"])
         prepare = preparation(config, codec.factor, Clock())
         if options.only != "prepare":
@@ -233,7 +234,7 @@ def check(config: EncodeConfig, codec_dtype: str, options: JobOptions) -> None:
         raise UserError(f"encode: --max-failures is a share from 0 to 1, got {options.max_failures}")
     if options.only == "finish" and options.share is not None:
         raise UserError("encode: --finish is for all partitions; leave --job and --of out")
-    if min(options.workers or 1, options.codec_threads) < 1:
+    if min(1 if options.workers is None else options.workers, options.codec_threads) < 1:
         raise UserError("encode: give at least one worker and one thread to the codec")
     try:
         there = torch.device(options.device).type != "cuda" or torch.cuda.is_available()

@@ -17,6 +17,8 @@ from nitscale.errors import UserError
 
 FAILURES = "failures.jsonl"
 """One line an image that was skipped, with the reason."""
+MOST_CLASSES = 2**20
+"""Of a source whose labels are mere numbers."""
 TOLERATED = 20
 """Images that may always fail, whatever their share."""
 
@@ -74,7 +76,7 @@ def check_failures(commits: Iterable[Commit], images: int | None, max_failures: 
     reasons = ", ".join(f"{count:,} x {reason}" for reason, count in kinds_of_failures(failures).most_common(3))
     raise UserError(
         f"encode: {failed:,} of {images:,} images cannot be used ({reasons}), more than the {max_failures:.2%} of "
-        f"--max-failures; the markers in {storage.prefix}/commits list them. Mend what is wrong and run again with "
+        f"--max-failures; the markers in {storage.prefix}/commits list them. Mend them and run again with "
         "--retry-failed, or raise --max-failures"
     )
 
@@ -119,7 +121,13 @@ def build_manifest(commits: Sequence[Commit], recipe: dict[str, Any]) -> Manifes
     members = {"image": config["jpeg"], "text": recipe["text"]}
     classes = recipe["classes"]
     if classes is None:
-        classes = [str(label) for label in range(max(count_labels(commits)) + 1)]
+        largest = max(count_labels(commits))
+        if largest >= MOST_CLASSES:
+            raise UserError(
+                f"encode: label {largest:,} stands for more than {MOST_CLASSES:,} classes, which are no classes; "
+                "give --classes with their names, and samples that name theirs"
+            )
+        classes = [str(label) for label in range(largest + 1)]
     return Manifest(
         codec=recipe["codec"],
         dtype=config["dtype"],

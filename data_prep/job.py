@@ -5,6 +5,7 @@ or twice at once.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from data_prep.commits import Commit, marker_name
 from data_prep.encoder import Encoder, cpu_threads
 from data_prep.items import Partition
 from data_prep.pipeline import RESULT_BYTES, Message, encode_batches, start_pipeline
-from data_prep.prepare import Preparation
+from data_prep.prepare import Preparation, quiet_pillow
 from data_prep.sources import Source
 from data_prep.stages import Channel, Stages
 from data_prep.writer import SHARDS_AHEAD, Finished, Layout, Publisher, Scratch, write_shards
@@ -49,17 +50,17 @@ def parse_share(job: str | None, of: int | None, environment: Mapping[str, str] 
         if of is not None:
             raise UserError(f"encode: --of {of} needs --job, which counts from 0")
         return None
+    if job != "slurm":
+        if of is None:
+            raise UserError(f"encode: --job {job} needs --of, the number of jobs")
+        if not re.fullmatch(r"-?\d+", job):
+            raise UserError(f"encode: --job {job!r} is neither a number, counted from 0, nor slurm")
+        return Share(int(job), of)
     try:
-        if job != "slurm":
-            if of is None:
-                raise UserError(f"encode: --job {job} needs --of, the number of jobs")
-            return Share(int(job), of)
         task = int(environment["SLURM_ARRAY_TASK_ID"])
         if of is not None:
             return Share(task, of)
         first, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("MIN", "MAX", "COUNT"))
-    except ValueError:
-        raise UserError(f"encode: --job {job!r} is neither a number, counted from 0, nor slurm") from None
     except KeyError as missing:
         raise UserError(
             f"encode: --job slurm needs {missing}, which SLURM sets in jobs of an array (sbatch --array=0-15); "
@@ -120,7 +121,7 @@ def run_job(
     clock, scratch, started = job.prepare.clock, Scratch(job.storage), time.perf_counter()
     publisher = Publisher(job.storage, scratch, clock, replaced, committed)
     try:
-        with cpu_threads(job.torch_threads), Stages() as stages:
+        with cpu_threads(job.torch_threads), quiet_pillow(), Stages() as stages:
             results: Channel[Message] = stages.add(Channel(RESULT_BYTES))
             finished: Channel[Finished] = stages.add(Channel(SHARDS_AHEAD))
             batches = start_pipeline(

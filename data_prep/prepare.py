@@ -1,12 +1,16 @@
 """From an image file to pixels: read it, decode it strictly, resize it by every rule, or say why not."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from data_prep.folders import readable
 from data_prep.images import UnreadableImage, decode_image
 from data_prep.items import ImageItem, OversizedImage
 from data_prep.resize import Rule, apply, parse_rule
@@ -107,7 +111,7 @@ class Preparation:
             if isinstance(error, UserError) and not isinstance(error, FileNotFoundError):
                 raise  # it is the store that fails, not this image
             reason = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-            return [Failure(item.name, reason, item.label), *[None] * (len(self.rules) - 1)]
+            return [Failure(item.name, readable(reason), item.label), *[None] * (len(self.rules) - 1)]
         return [self.resize(image, item, rule, name) for rule, name in zip(self.rules, self.config.resize, strict=True)]
 
     def resize(self, image: Image.Image, item: ImageItem, rule: Rule, name: str) -> Sample | Failure:
@@ -140,3 +144,11 @@ def preparation(config: EncodeConfig, factor: int, clock: Clock) -> Preparation:
     for rule in rules:
         rule.target(multiple, multiple, multiple, config.max_tokens, "")
     return Preparation(config, rules, multiple, clock)
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """No warnings of Pillow inside the block: what matters in them is an error, see `decode_image`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield

@@ -18,10 +18,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from data_prep.catalogs import CatalogSource
 from data_prep.commits import COMMITS, to_json
 from data_prep.encoder import cpu_threads, to_float
 from data_prep.items import ImageItem, Partition
-from data_prep.prepare import EncodeConfig, Failure, Sample, preparation
+from data_prep.mixed import TarSource
+from data_prep.prepare import EncodeConfig, Failure, Sample, preparation, quiet_pillow
 from data_prep.sources import Source
 from data_prep.stages import Clock
 from nitscale.autoencoders import Codec, DCTCodec
@@ -34,7 +36,7 @@ FIRST_CAPTIONS = 64
 """Images of which one must have a caption, if none are promised."""
 
 Recipe: TypeAlias = dict[str, Any]
-"""config, classes, partitions, images, images_digest, captions_digest; then codec (its spec) and text."""
+"""config, classes, partitions, images, digests of images, names and captions; then codec (its spec) and text."""
 
 
 def describe(
@@ -58,8 +60,20 @@ def describe(
         "partitions": len(partitions),
         "images": None if None in numbers else sum(number or 0 for number in numbers),
         "images_digest": source.digest,
+        "names_digest": names_digest(source),
         "captions_digest": None if captions is None else hashlib.sha256(Path(captions).read_bytes()).hexdigest(),
     }
+
+
+def names_digest(source: Source) -> str | None:
+    """sha256 of the names of images, or of tars, in the source's order."""
+    if isinstance(source, CatalogSource):
+        names = source.catalog.names
+    elif isinstance(source, TarSource):
+        names = tuple(source.tars)
+    else:
+        return None
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def complete(
@@ -73,11 +87,13 @@ def complete(
     return {"codec": (codec or fit_dct(source, partitions, config, workers)).spec(), "text": text}
 
 
-def settle_recipe(storage: Storage, wanted: Recipe, codec: Codec | None, complete: Callable[[], Recipe]) -> Recipe:
+def settle_recipe(
+    storage: Storage, wanted: Recipe, codec: Codec | None, complete: Callable[[], Recipe], mended: bool = False
+) -> Recipe:
     """The prefix's recipe: the one that is there, or `wanted` with what `complete` gives, which is written then.
 
-    `codec` must be that of the recipe; None is content with any. UserError if the prefix holds a dataset made from
-    something else, naming what differs.
+    `codec` must be that of the recipe; None is content with any. With `mended`, images may have other contents than
+    they had (not other names). UserError if the prefix holds a dataset made from something else, naming what differs.
     """
     earlier = read_recipe(storage)
     if earlier is None:
@@ -90,6 +106,10 @@ def settle_recipe(storage: Storage, wanted: Recipe, codec: Codec | None, complet
             return recipe
         earlier = read_recipe(storage)  # another job's, which was quicker
         assert earlier is not None
+    if mended and earlier["images_digest"] != wanted["images_digest"]:
+        earlier["images_digest"] = wanted["images_digest"]
+        check_recipe(storage, earlier, wanted, codec)
+        storage.write(RECIPE, to_json(earlier))
     check_recipe(storage, earlier, wanted, codec)
     return earlier
 
@@ -137,7 +157,7 @@ def fit_dct(source: Source, partitions: Sequence[Partition], config: EncodeConfi
 
     def images() -> Iterator[Tensor]:
         found = 0
-        with closing(all_items(source, partitions)) as items, ThreadPoolExecutor(workers) as pool:
+        with quiet_pillow(), closing(all_items(source, partitions)) as items, ThreadPoolExecutor(workers) as pool:
             while chunk := list(islice(items, 64)):
                 for prepared in pool.map(prepare, chunk):
                     samples = [sample for sample in prepared if isinstance(sample, Sample)]
@@ -157,6 +177,14 @@ def fit_dct(source: Source, partitions: Sequence[Partition], config: EncodeConfi
 
 
 def all_items(source: Source, partitions: Sequence[Partition]) -> Generator[ImageItem, None, None]:
-    """The images of all partitions."""
+    """The images of all partitions that can be read. UserError if there are none, and some cannot."""
+    images, failed = 0, None
     for partition in partitions:
-        yield from source.items(partition)
+        try:
+            for item in source.items(partition):
+                images += 1
+                yield item
+        except UserError as error:  # told when the partition is to be made
+            failed = error
+    if failed and not images:
+        raise failed

@@ -24,6 +24,7 @@ from data_prep.commits import (
     objects_of,
     read_commit,
 )
+from data_prep.folders import readable
 from data_prep.pipeline import Encoded, Message, PartitionEnd, PartitionStart, Result, Results
 from data_prep.prepare import EncodeConfig, Failure
 from data_prep.stages import Channel, Clock
@@ -203,7 +204,8 @@ class PartitionWriter:
         if self._shard is None:
             path = self.scratch.new(f"shards/{self.number:06d}.tar")
             self._shard = OpenShard(self.number, path, config.resize)
-        self._shard.add(key, encoded.latents, metadata, about.jpeg, (item.text or "") if self.layout.text else None)
+        text = readable(item.text or "") if self.layout.text else None
+        self._shard.add(key, encoded.latents, metadata, about.jpeg, text)
         self.samples += 1
         self.tokens += rows * columns
         self.without_text += self.layout.text and not item.text
