@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitscale.data import cache as cache_module
@@ -356,14 +356,12 @@ def test_what_nobody_expects_goes_first_and_the_longest_unused_of_it(make):
     assert cached(storage) == "ade"
 
 
-def test_what_is_needed_latest_goes_next(make, living):
+def test_what_is_needed_latest_goes_next(make):
     storage = make()
-    living(lambda: make().expect([]))
     for name in "abc":
         read(storage, name)
-    storage.expect([f"shards/{name}" for name in "dbac"])
-    wait_for(lambda: cached(storage) == "abd")  # c made room for d, and is not fetched again
-    time.sleep(0.2)
+    shelf_of(storage._folder).want(1, [storage._shards[f"shards/{name}"].entry for name in "dbac"])
+    assert read(storage, "d")
     assert cached(storage) == "abd"
     assert read(storage, "e")
     assert cached(storage) == "bde"
@@ -466,14 +464,15 @@ def test_what_another_process_is_downloading_is_no_leftover(make, living):
 
 def test_a_shard_that_is_removed_as_soon_as_it_was_fetched_is_not_fetched_again(make, monkeypatch):
     storage = make()
-    end, ended = Shelf.end, []
+    shelf = shelf_of(storage._folder)
+    end, ended = shelf.end, []
 
-    def end_and_remove(shelf, entry):
-        end(shelf, entry)
+    def end_and_remove(entry):
+        end(entry)
         ended.append(entry)
         (storage._folder / entry).unlink(missing_ok=True)  # as another process may to make room
 
-    monkeypatch.setattr(Shelf, "end", end_and_remove)
+    monkeypatch.setattr(shelf, "end", end_and_remove)
     assert read(storage, "a")
     assert len(ended) == 1
 
@@ -492,6 +491,7 @@ def test_a_working_set_that_does_not_fit_is_told(make):
     size=st.integers(1, 150),
     ahead=st.none() | st.integers(0, 5),
 )
+@settings(deadline=None)
 def test_room_is_made_by_removing_the_least_needed_and_no_more(tmp_path_factory, sizes, wanted, size, ahead):
     shelf = Shelf(tmp_path_factory.mktemp("shelf"))
     entries = [f"{number:032x}" for number in range(8)]
@@ -599,8 +599,8 @@ def test_the_thread_ends_with_its_storage_and_what_it_expected_is_forgotten(make
     wait_for(lambda: not threads())
     storage = make()
     storage.expect(["shards/a"])
-    wait_for(lambda: cached(storage) == "a")
     folder = storage._folder
+    wait_for(lambda: cached(storage) == "a")
     assert len(threads()) == 1
     assert list(folder.glob("process-*"))
     storage = None

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitscale import files
@@ -206,6 +206,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_object(storage, tmp_path, monke
 
 
 @given(st.binary(max_size=200), st.integers(1, 50), st.lists(st.tuples(st.integers(0, 250), st.integers(-1, 250))))
+@settings(deadline=None)
 def test_an_object_as_a_file_reads_like_a_file(tmp_path_factory, data, buffer_bytes, reads):
     storage = open_storage(tmp_path_factory.mktemp("ranged"))
     storage.write("a", data)
