@@ -33,7 +33,7 @@ def download(
 ) -> None:
     """Bring `version` (16 hexadecimal digits) of an object to `path`. `receive(take, begin)` passes its bytes from
     `begin` on to `take`. StorageError if they are not `size` bytes of that hash; UserError as `disk_errors`."""
-    found = "unknown"
+    found = ""
     with disk_errors(path), _file_to_download_to(path, version) as (temporary, file):
         for _ in range(DAMAGED_ATTEMPTS):
             hasher = hashlib.sha256()
@@ -44,19 +44,19 @@ def download(
                 file.write(chunk)
                 hasher.update(chunk)
 
+            right = sha256 is None
             try:
                 if file.tell() < size:
                     receive(take, file.tell())
-                found = hasher.hexdigest()
             except Damaged:
-                found = "not what the service told"
-            else:
-                if file.tell() == size and sha256 in (None, found):
-                    file.flush()
-                    fsync(temporary)
-                    os.replace(temporary, path)
-                    fsync(path.parent)
-                    return
+                right = False
+            found = hasher.hexdigest()
+            if file.tell() == size and (right or found == sha256):
+                file.flush()
+                fsync(temporary)
+                os.replace(temporary, path)
+                fsync(path.parent)
+                return
             file.seek(0)
             file.truncate()
     raise damaged(uri, found, sha256)

@@ -91,11 +91,11 @@ def check_size(uri: str, found: int, expected: int) -> None:
         )
 
 
-def damaged(uri: str, found: str, expected: str | None) -> StorageError:
-    return StorageError(
-        errno.EIO,
-        f"storage: {uri} is damaged: its sha256 is {found} instead of {expected}; copy it again or make it anew",
-    )
+def damaged(uri: str, found: str = "", expected: str | None = None) -> StorageError:
+    """The error of an object whose bytes have the sha256 `found` instead of `expected`, or, where that is None, do not
+    match the store's own checksum."""
+    reason = f"its sha256 is {found} instead of {expected}" if expected else "it does not match its store's checksum"
+    return StorageError(errno.EIO, f"storage: {uri} is damaged: {reason}; copy it again or make it anew")
 
 
 class RangedFile(io.RawIOBase):

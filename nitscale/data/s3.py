@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from nitscale.data.download import DAMAGED_ATTEMPTS, Damaged, download
-from nitscale.data.objects import MissingObject, StorageError, check_name, check_size
+from nitscale.data.objects import MissingObject, StorageError, check_name, check_size, damaged
 from nitscale.errors import UserError
 from nitscale.files import disk_errors, remove_leftovers, temporary_path
 
@@ -100,10 +100,7 @@ class S3Storage:
             with suppress(Damaged):
                 self._receive(name, data.extend, 0, None, whole=True)
                 return bytes(data)
-        raise StorageError(
-            errno.EIO,
-            f"storage: {self._uri(name)} does not match the checksum it was stored with; copy it again or make it anew",
-        )
+        raise damaged(self._uri(name))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         if length == 0:
@@ -136,7 +133,7 @@ class S3Storage:
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         self._key(name)  # complain about a wrong name before the work rather than after it
-        path = temporary_path(scratch_folder() / name.rpartition("/")[2][-100:])
+        path = temporary_path(scratch_folder() / "upload")
         with disk_errors(path):
             remove_leftovers(path.parent)
             try:

@@ -327,8 +327,9 @@ def test_bytes_that_stay_corrupted_are_an_error_and_leave_nothing(storage, proxy
         storage.download("b", tmp_path / "x" / "b", len(DATA), SHA256)
     assert len(proxy.requests("GET")) == download.DAMAGED_ATTEMPTS
     proxy.add(100, method="GET", change=flip_bit(7))
-    with pytest.raises(StorageError, match="does not match the checksum"):
-        storage.read("a")
+    for act in (lambda: storage.read("a"), lambda: storage.download("a", tmp_path / "x" / "a", len(DATA))):
+        with pytest.raises(StorageError, match="/a is damaged: it does not match its store's checksum"):
+            act()
     proxy.clear()
     for path in (tmp_path / "x").iterdir():
         assert path.name.endswith(".tmp") and path.stat().st_size == 0
