@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nitscale.autoencoders import PUBLISHED, codec_from_spec, load_codec
+from nitscale.autoencoders import PUBLISHED, _architecture_digest, codec_from_spec, load_codec
 from nitscale.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -162,7 +163,8 @@ def test_other_dtypes_are_refused(folder):
 def test_channels_last_changes_only_the_rounding(folder):
     codec, x = load_codec(str(folder), channels_last=True), images(2, 3, 16, 24)
     plain = load_codec(str(folder))
-    assert any(weight.is_contiguous(memory_format=torch.channels_last) for weight in codec.model.parameters())
+    kernels = [weight for weight in codec.model.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
     assert codec.encode(x).is_contiguous()
     torch.testing.assert_close(codec.encode(x), plain.encode(x))
     torch.testing.assert_close(codec.decode(plain.encode(x)), plain.decode(plain.encode(x)), rtol=1e-4, atol=1e-5)
@@ -225,12 +227,24 @@ def test_an_edited_description_is_refused(folder):
         codec_from_spec(spec | {"id": "vqgan"})
 
 
-def test_options_that_are_the_default_do_not_change_the_architecture(folder, tmp_path):
-    """Another version of diffusers writes more or fewer of them."""
-    config = json.loads((folder / "config.json").read_text())
-    spare = ("out_channels", "in_channels", "layers_per_block", "force_upcast", "encoder_out_shortcut")
-    copy = changed(folder, tmp_path, **{name: None for name in spare if name in config}, _diffusers_version="0.99")
-    assert load_codec(str(copy)).spec()["digest"] == load_codec(str(folder)).spec()["digest"]
+def test_an_architecture_is_the_same_in_a_diffusers_with_further_options():
+    class AutoencoderKL:
+        def __init__(self, act_fn="silu", widths=(64,), latent_channels=4): ...
+
+    before = AutoencoderKL
+
+    class AutoencoderKL:
+        def __init__(self, act_fn="silu", widths=(64,), latent_channels=4, extra_norm=False): ...
+
+    def digest(kind, **config):
+        model = kind()
+        model.config = config
+        return _architecture_digest(model)
+
+    old = digest(before, widths=(64,), latent_channels=16, _diffusers_version="0.42")
+    assert old == digest(before, widths=[64], latent_channels=16)  # as read from JSON
+    assert old == digest(AutoencoderKL, act_fn="silu", latent_channels=16, extra_norm=False)
+    assert old != digest(AutoencoderKL, act_fn="silu", latent_channels=16, extra_norm=True)
 
 
 def test_options_that_diffusers_would_ignore_are_refused(folder, tmp_path):
@@ -240,7 +254,7 @@ def test_options_that_diffusers_would_ignore_are_refused(folder, tmp_path):
 
 def test_large_images_are_done_in_tiles_one_by_one_and_others_are_not(folder):
     whole = load_codec(str(folder))
-    tiled = load_codec(str(folder), whole_pixels=128 * 96 - 1, tile_side=64)
+    tiled = load_codec(str(folder), whole_pixels=96 * 96, tile_side=64)
     x, small = images(2, 3, 128, 96), images(2, 3, 96, 96)
     latents, seen = whole.encode(x), []
     for part in (tiled.model.encoder, tiled.model.decoder):
@@ -365,12 +379,21 @@ def test_a_hub_that_does_not_answer_is_explained(no_network, name):
         load_codec(name)
 
 
-def test_an_autoencoder_in_the_hubs_cache_needs_no_network(no_network, folder):
+def test_an_autoencoder_in_the_hubs_cache_is_taken_without_asking_the_hub(no_network, folder, monkeypatch):
     cache = no_network / "models--stabilityai--sdxl-vae"
     shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
+    asked, download = [], huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *names, local_files_only=False, **options: (
+            asked.append(not local_files_only) or download(*names, local_files_only=local_files_only, **options)
+        ),
+    )
     spec = load_codec("sdxl-vae").spec()
+    assert asked == [False]
     assert spec == load_codec(str(folder)).spec() | {"source": "sdxl-vae"}
     assert codec_from_spec(spec).spec() == spec
     (cache / "snapshots" / ("0" * 40) / WEIGHTS).unlink()  # a download that was broken off
