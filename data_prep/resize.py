@@ -4,8 +4,11 @@
 |------------|----------------------------------------------------------------------------------|-------------------|
 | native     | its own, sides floored to the multiple; scaled down to `max_tokens` tokens       | NiT               |
 | square-N   | N x N: the short side scaled to N, centre crop                                   | ADM, NiT          |
-| area-N     | its own, scaled down to an area of N² pixels, sides floored to the multiple      | FiT, FiTv2        |
+| area-N     | as native, scaled down to an area of N² pixels; thin images scaled up            | FiT, FiTv2        |
 | mixed-N    | if both sides exceed N, with probability 1/2 a centre crop of N x N; else area-N | FiTv2 algorithm 1 |
+
+All sides are multiples of `multiple` pixels, and at least one. `square-N`, `area-N` and `mixed-N` never make more than
+N² pixels. `native` makes more than `max_tokens` tokens only of a sliver whose short side was stretched to one multiple.
 """
 
 import re
@@ -72,7 +75,7 @@ def parse_rule(name: str) -> Rule:
         large = min(height, width) > side
         if kind == "square" or (kind == "mixed" and large and bernoulli(1, 0.5, name, key)[0]):
             return square_target(height, width, side)
-        return Target(native_size(height, width, multiple, side))
+        return Target(area_size(height, width, multiple, side))
 
     return Rule(name, target)
 
@@ -90,7 +93,28 @@ def native_size(height: int, width: int, multiple: int, max_size: float) -> Size
     else:
         new_width = float(np.sqrt(width / height) * max_size)
         new_height = new_width * height / width
-    return max(1, int(new_height / multiple)) * multiple, max(1, int(new_width / multiple)) * multiple
+    return floor_to(new_height, multiple), floor_to(new_width, multiple)
+
+
+def area_size(height: int, width: int, multiple: int, side: int) -> Size:
+    """FiT's rule (arXiv 2402.12376 and 2410.13925, published preprocessing code) → (height, width) in pixels.
+
+    As `native_size` with an area of side², but an image with a side of less than one multiple is first scaled up until
+    it has one. Where that takes it beyond side² pixels again, the long side gives way.
+    """
+    if width * height >= side**2 or min(height, width) >= multiple:
+        height, width = native_size(height, width, multiple, side)
+    elif width < multiple:
+        height, width = floor_to(multiple * height / width, multiple), multiple
+    else:
+        height, width = multiple, floor_to(multiple * width / height, multiple)
+    longest = side**2 // min(height, width) // multiple * multiple
+    return min(height, longest), min(width, longest)
+
+
+def floor_to(length: float, multiple: int) -> int:
+    """The length floored to a multiple, at least one."""
+    return max(1, int(length / multiple)) * multiple
 
 
 def square_target(height: int, width: int, side: int) -> Target:

@@ -1,8 +1,10 @@
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from data_prep.images import UnreadableImage, decode_image
@@ -66,12 +68,151 @@ def test_the_suffix_does_not_matter_for_known_formats(tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "a.jpg"), np.asarray(picture(8, 8)))
 
 
+JPEGS = [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"mode": "L"}, {"mode": "CMYK"}]
+
+
+def jpeg(mode="RGB", **options):
+    picture(64, 96).convert(mode).save(buffer := io.BytesIO(), "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", JPEGS)
+def test_a_jpeg_whose_scan_ends_early_is_refused_though_it_has_an_end_mark(options):
+    data = jpeg(**options)
+    scan = data.rindex(b"\xff\xda") + 16
+    for share in (0.02, 0.5, 0.9):
+        cut = data[: scan + int(share * (len(data) - 2 - scan))].rstrip(b"\xff") + b"\xff\xd9"
+        Image.open(io.BytesIO(cut)).load()  # Pillow fills it up with grey
+        with pytest.raises(UnreadableImage, match="premature end of data segment"):
+            decode_image(cut, LIMIT)
+
+
+@pytest.mark.parametrize("options", JPEGS)
+def test_a_jpeg_that_ends_in_zeros_is_refused(options):
+    data = jpeg(**options, exif=b"Exif\0\0 a thumbnail \xff\xd8\xff\xd9")
+    with pytest.raises(UnreadableImage, match="without an end"):
+        decode_image(data[:-300] + bytes(300), LIMIT)
+
+
+@pytest.mark.parametrize("options", JPEGS)
+def test_whole_jpegs_are_decoded_as_pillow_does_whatever_follows_their_end(options):
+    data = jpeg(**options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for behind in (b"", b"garbage", b"\xff\xda\xff\xd8", bytes(5000)):
+        np.testing.assert_array_equal(decode_image(data + behind, LIMIT), expected)
+    np.testing.assert_array_equal(decode_image(data[:-2] + b"xyz\xff\xd9", LIMIT), expected)
+
+
+def test_headers_that_libjpeg_only_warns_of_are_no_reason_to_refuse_an_image():
+    data = jpeg()
+    revised = data.replace(b"JFIF\0\1", b"JFIF\0\7")
+    assert revised != data
+    np.testing.assert_array_equal(decode_image(revised, LIMIT), decode_image(data, LIMIT))
+
+
+def test_a_jpeg_with_two_sizes_is_refused():
+    data = jpeg()
+    frame = data.index(b"\xff\xc0")
+    length = 2 + int.from_bytes(data[frame + 2 : frame + 4], "big")
+    larger = data[frame : frame + 5] + struct.pack(">HH", 60000, 60000) + data[frame + 9 : frame + length]
+    with pytest.raises(UnreadableImage):
+        decode_image(data[:frame] + larger + data[frame:], LIMIT)
+
+
+def without_adobe_mark(data):
+    """Without APP14."""
+    start = data.index(b"\xff\xee")
+    return data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4], "big") :]
+
+
+def test_cmyk_is_read_with_full_ink_as_0_if_adobe_wrote_it_and_as_255_if_not():
+    expected = np.asarray(picture(64, 96).convert("CMYK").convert("RGB")).astype(int)
+    adobe = jpeg("CMYK", quality=95)
+    assert b"Adobe" in adobe
+    assert np.abs(np.asarray(decode_image(adobe, LIMIT)) - expected).mean() < 4
+    inverted = Image.fromarray(255 - np.asarray(picture(64, 96).convert("CMYK")), "CMYK")
+    inverted.save(buffer := io.BytesIO(), "JPEG", quality=95)
+    plain = without_adobe_mark(buffer.getvalue())
+    assert np.abs(np.asarray(decode_image(plain, LIMIT)) - expected).mean() < 4
+
+
+def test_ycck_is_read_as_adobe_writes_it():
+    cmyk = np.asarray(picture(64, 96).convert("CMYK"))
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(255 - cmyk), 95, "CMYK", "444")
+    assert Image.open(io.BytesIO(data)).info["adobe_transform"] == 2
+    expected = np.asarray(Image.fromarray(cmyk, "CMYK").convert("RGB")).astype(int)
+    assert np.abs(np.asarray(decode_image(data, LIMIT)) - expected).mean() < 4
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(height, width, depth, colour, pixels, *chunks):
+    """A PNG file; `pixels` are the contents of IDAT."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_a_png_with_too_few_pixels_is_refused_though_its_chunks_are_whole():
+    rows = b"".join(b"\0" + bytes(range(30)) for _ in range(10))
+    assert decode_image(png(10, 10, 8, 2, zlib.compress(rows)), LIMIT).size == (10, 10)
+    for pixels in (zlib.compress(rows[:200]), zlib.compress(rows)[:-8]):
+        with pytest.raises(UnreadableImage, match="truncated"):
+            decode_image(png(10, 10, 8, 2, pixels), LIMIT)
+
+
+def test_a_png_whose_text_unpacks_to_gigabytes_is_refused():
+    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80 << 20)))
+    with pytest.raises(UnreadableImage, match="too large"):
+        decode_image(png(1, 1, 8, 2, zlib.compress(bytes(4)), bomb), LIMIT)
+
+
+def test_16_bits_of_each_colour_are_scaled(tmp_path):
+    levels = np.array([[[0, 257, 32896], [65535, 256 * 100, 65278]]], ">u2")
+    (tmp_path / "a.png").write_bytes(png(1, 2, 16, 2, zlib.compress(b"\0" + levels.tobytes())))
+    assert np.abs(decode(tmp_path / "a.png") - levels / 257).max() <= 1
+
+
+def test_16_bits_with_transparency_are_put_over_white(tmp_path):
+    levels = np.array([[32896, 0], [32896, 65535]], ">u2")
+    (tmp_path / "a.png").write_bytes(png(1, 2, 16, 4, zlib.compress(b"\0" + levels.tobytes())))
+    assert decode(tmp_path / "a.png").tolist() == [[[255] * 3, [128] * 3]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
+    frames = [picture(32, 48, seed) for seed in range(3)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_array_equal(decode(tmp_path / name), np.asarray(frames[0]))
+
+
+def webp_with_its_lengths_corrected(data):
+    data = bytearray(data)
+    data[4:8] = struct.pack("<I", len(data) - 8)
+    data[16:20] = struct.pack("<I", len(data) - 20)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_that_was_cut_is_refused_though_its_lengths_say_that_it_was_not(lossless):
+    picture(64, 64).save(buffer := io.BytesIO(), "WEBP", lossless=lossless)
+    data = buffer.getvalue()
+    assert decode_image(webp_with_its_lengths_corrected(data), LIMIT).size == (64, 64)
+    for share in (0.3, 0.9):
+        with pytest.raises(UnreadableImage):
+            decode_image(webp_with_its_lengths_corrected(data[: int(share * len(data)) // 2 * 2]), LIMIT)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"garbage"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_exif_data_that_cannot_be_read_are_passed_over(exif):
+    np.testing.assert_array_equal(decode_image(jpeg(exif=exif), LIMIT), decode_image(jpeg(), LIMIT))
+
+
 @pytest.mark.parametrize(("height", "width"), [(1001, 1000), (10**4, 10**5), (2**31 - 1, 2**31 - 1)])
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, height, width):
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = b"IDAT" + zlib.compress(bytes(1000))
-    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, pixels)]
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    (tmp_path / "bomb.png").write_bytes(png(height, width, 8, 2, zlib.compress(bytes(1000))))
     with pytest.raises(UnreadableImage, match=r"max_input_pixels=1000000|decompression bomb"):
         decode(tmp_path / "bomb.png")
 

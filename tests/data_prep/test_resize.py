@@ -64,13 +64,65 @@ def test_squares_are_those_of_adm(height, width, side):
     np.testing.assert_array_equal(np.asarray(apply(image, target)), adm_center_crop(image, side))
 
 
+@given(height=st.integers(1, 30000), width=st.integers(1, 30000), side=st.sampled_from([16, 64, 256, 512]))
+def test_squares_of_any_size_are_scaled_by_adms_arithmetic(height, width, side):
+    target = parse_rule(f"square-{side}").target(height, width, 16, 1, "key")
+    sizes = [(width, height)]
+    while min(sizes[-1]) >= 2 * side:
+        sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+    scale = side / min(sizes[-1])
+    assert target.halvings == len(sizes) - 1
+    assert target.size == (round(sizes[-1][1] * scale), round(sizes[-1][0] * scale))
+    assert min(target.size) == side
+
+
+def fit_resize(w, h, image_size, min_len):
+    """FiT's size, written out; its sides may be zero."""
+    if w * h >= image_size**2:
+        new_w = np.sqrt(w / h) * image_size
+        new_h = new_w * h / w
+    elif w < min_len:
+        new_w, new_h = min_len, min_len * h / w
+    elif h < min_len:
+        new_w, new_h = min_len * w / h, min_len
+    else:
+        new_w, new_h = w, h
+    return int(new_h / min_len) * min_len, int(new_w / min_len) * min_len
+
+
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), side=st.sampled_from([256, 512]))
-def test_area_keeps_the_aspect_ratio_within_the_area(height, width, side):
-    new_height, new_width = parse_rule(f"area-{side}").target(height, width, 16, 1, "key").final
-    assert new_height % 16 == new_width % 16 == 0
-    assert new_height * new_width <= side**2 or min(new_height, new_width) == 16
-    if min(new_height, new_width) >= 128:
-        assert abs(new_height / new_width - height / width) < 0.15 * height / width
+def test_area_is_that_of_fit_with_a_smallest_side_and_within_its_area(height, width, side):
+    published = tuple(at_least(length, 16) for length in fit_resize(width, height, side, 16))
+    found = parse_rule(f"area-{side}").target(height, width, 16, 1, "key").final
+    assert found[0] % 16 == found[1] % 16 == 0
+    assert found[0] * found[1] <= side**2
+    if published[0] * published[1] <= side**2:
+        assert found == published
+    else:
+        assert min(found) == min(published) == 16 and max(found) == side**2 // 16
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((375, 500), (208, 288)),
+        ((8, 100), (16, 192)),
+        ((100, 8), (192, 16)),
+        ((4000, 15), (4096, 16)),
+        ((1, 1), (16, 16)),
+    ],
+)
+def test_area_scales_thin_images_up_and_large_ones_down(size, expected):
+    assert parse_rule("area-256").target(*size, 16, 1, "key").final == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), key=st.text(max_size=5))
+def test_mixed_is_the_crop_or_the_area_rule(height, width, key):
+    mixed, square, area = (
+        parse_rule(f"{rule}-256").target(height, width, 16, 1, key) for rule in ("mixed", "square", "area")
+    )
+    assert mixed in ((square, area) if min(height, width) > 256 else (area,))
 
 
 def test_mixed_crops_half_of_the_images_that_are_large_enough_and_always_the_same_ones():
@@ -94,8 +146,9 @@ def test_an_unknown_rule_is_refused(name):
 
 
 def test_a_side_that_the_codec_cannot_make_is_refused_with_the_nearest_one():
-    with pytest.raises(UserError, match=r"250 is not a multiple of 32 pixels .*use square-256"):
-        parse_rule("square-250").target(500, 500, 32, 1, "key")
+    for side, nearest in ((250, 256), (271, 256), (1, 32)):
+        with pytest.raises(UserError, match=rf"{side} is not a multiple of 32 pixels .*use square-{nearest}"):
+            parse_rule(f"square-{side}").target(500, 500, 32, 1, "key")
 
 
 def test_an_image_of_the_right_size_is_left_alone():
