@@ -140,9 +140,10 @@ def test_a_sample_that_can_be_read_at_the_second_try_is_no_loss(dataset, monkeyp
 
 
 def running(loader_iterator):
-    """The worker processes of this process."""
+    """The worker processes that the iterator starts."""
+    before = set(psutil.Process().children())
     next(loader_iterator)
-    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in psutil.Process().children() if p not in before and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_workers_leave_the_jobs_signals_to_the_trainer_and_end_with_the_iterator(dataset):
