@@ -19,8 +19,8 @@ from nitscale.models.transformer import ModelConfig, PackedTransformer
 from nitscale.models.weights import import_weights, read_weights, write_weights
 
 CODECS: dict[str, dict[str, Any]] = {
-    "nit": {"id": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "channels": 32, "factor": 32},
-    "fit": {"id": "stabilityai/sd-vae-ft-ema", "channels": 4, "factor": 8},
+    "nit": {"id": "autoencoder-dc", "source": "dc-ae-f32c32", "channels": 32, "factor": 32},
+    "fit": {"id": "autoencoder-kl", "source": "sd-vae-ft-ema", "channels": 4, "factor": 8},
 }
 """The autoencoders of the published models."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nitscale.checkpoints import find_weights
+from nitscale.dct import DCTCodec
 from nitscale.errors import UserError
 from nitscale.generate.load import load_trained
 from nitscale.models import presets
@@ -64,9 +65,15 @@ def test_wrong_imports_are_named_and_leave_nothing(published: Path, tmp_path: Pa
         import_checkpoint(published, "nit-s", tmp_path / "out")
 
 
-def test_sampling_needs_the_checkpoint_alone_and_says_which_codec_it_lacks(published: Path, tmp_path: Path) -> None:
+def test_sampling_needs_the_checkpoint_and_its_autoencoder_alone(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import_checkpoint(published, "nit-s", tmp_path / "imported")
-    with pytest.raises(UserError, match="dc-ae-f32c32"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub did not give mit-han-lab/dc-ae-f32c32-sana"):
         load_trained(tmp_path / "imported")
+    monkeypatch.setattr("nitscale.autoencoders.load_codec", lambda source: DCTCodec(32, 32) if source == "dc" else None)
+    monkeypatch.setenv("NITSCALE_CODEC", "dc")
+    assert load_trained(tmp_path / "imported").codec.channels == 32
     about = json.loads((tmp_path / "imported" / "model.json").read_text())
     assert about["model"]["rope_order"] == "reference" and len(about["classes"]) == 5
