@@ -27,8 +27,8 @@ AHEAD_PIXELS = 2**25
 """Pixels of decoded images that may wait to be batched: 96 MiB of 8-bit RGB."""
 AHEAD_IMAGES = 16
 """Images that a decoding thread may be ahead, so that one large or late image holds nobody up."""
-WINDOW_PIXELS = 2**27
-"""Pixels of the images among which equal sizes are sought: 384 MiB."""
+WINDOW_PIXELS = 2**26
+"""Pixels of the images among which equal sizes are sought: 192 MiB."""
 WINDOW_SAMPLES = 1024
 """How far apart two samples of a batch may be in order: their neighbours' results wait for them in memory."""
 BATCH_PIXELS = 2**22

@@ -155,12 +155,15 @@ _held_locks: set[Path] = set()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the `.tmp` files in `folder` that dead processes of this host left. Those of other hosts stay: whether
-    their writers live cannot be seen from here."""
+    """Delete the `.tmp` files and folders in `folder` that dead processes of this host left. Those of other hosts stay:
+    whether their writers live cannot be seen from here."""
     for path in folder.glob(".*.tmp"):
         match = re.fullmatch(r"\..*\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.tmp", path.name)
         if match and match[1] == _host() and not _is_alive(int(match[2])):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _host() -> str:

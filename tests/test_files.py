@@ -159,6 +159,9 @@ def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path):
     goes = mine.name.replace(f".{os.getpid()}.", f".{dead.pid}.")
     for name in [*stay, goes]:
         (tmp_path / name).write_bytes(b"half")
+    folder = tmp_path / goes.replace("a.tar", "folder")
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(b"half")
     files.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
 

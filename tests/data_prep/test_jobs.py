@@ -9,6 +9,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from typer.testing import CliRunner
 
 from data_prep import commits as commits_module
 from data_prep import finish as finish_module
@@ -19,6 +20,7 @@ from data_prep.encoder import to_float
 from data_prep.job import Share, parse_share
 from data_prep.prepare import EncodeConfig
 from nitscale.autoencoders import DCTCodec
+from nitscale.cli import app
 from nitscale.data.manifest import load_dataset
 from nitscale.data.storage import open_storage
 from nitscale.errors import UserError
@@ -68,6 +70,27 @@ def test_the_jobs_of_an_array_in_any_order_make_what_one_job_makes(images, tmp_p
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert run(images, tmp_path / "out", only="finish").digest == load_dataset(tmp_path / "out").manifest.digest
     assert contents(tmp_path / "out") == reference
+
+
+SLURM = {"ID": "2", "MIN": "1", "MAX": "2", "COUNT": "2"}
+
+
+def test_the_command_line_passes_everything_on(images, tmp_path):
+    """Three jobs as SLURM starts them, and the last one that finishes."""
+    flags = "--kind folder --resize native,square-16 --factor 8 --channels 6 --dtype bfloat16 --no-flips --jpeg --text"
+    flags += " --shard-samples 4 --max-tokens 9 --patch-size 2 --workers 2 --device cpu --max-failures 0.5"
+    command = ["encode", str(images), str(tmp_path / "out"), *flags.split()]
+    for arguments in (["--prepare"], ["--job", "0", "--of", "2"], ["--job", "slurm"], ["--retry-failed", "--finish"]):
+        environment = {f"SLURM_ARRAY_TASK_{name}": value for name, value in SLURM.items()}
+        result = CliRunner().invoke(app, command + arguments, env=environment)
+        assert result.exit_code == 0, result.output
+    samples, dataset = read_samples(tmp_path / "out")
+    manifest = dataset.manifest
+    assert (manifest.renditions, manifest.members) == (["native", "square-16"], ["image", "text"])
+    assert (manifest.dtype, manifest.flips, manifest.factor, manifest.channels) == ("bfloat16", False, 8, 6)
+    assert (len(samples), manifest.samples) == (16, 16)
+    assert (dataset.index.rows * dataset.index.columns).max() <= 9 * 4
+    assert not ((dataset.index.rows | dataset.index.columns) % 2).any()
 
 
 def test_finish_refuses_and_lists_the_partitions_that_are_missing(images, tmp_path):
