@@ -5,15 +5,17 @@ read at their offsets, in a tar of tars too; nothing is ever unpacked.
 """
 
 import hashlib
+import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.folders import IMAGE_SUFFIXES, find_images, readable, unique_key
+from data_prep.folders import IMAGE_SUFFIXES, find_images, hidden, readable, unique_key
 from data_prep.items import HEADER_BYTES, ImageItem, Partition, damaged, first_members, reader
 from nitscale.data.index import index_bytes, read_arrays
 from nitscale.data.storage import RangedFile, Storage
@@ -21,8 +23,14 @@ from nitscale.data.tars import DamagedTar, Member, scan
 from nitscale.errors import UserError
 from nitscale.randomness import permutation
 
-SCANNERS = 16
-"""Class tars that are scanned at once."""
+SCANNERS, SCAN_BYTES = 16, 1 << 20
+"""Class tars of an object store that are scanned at once, and bytes of a request. ImageNet's images have 110 kB: to ask
+for each header alone would take ten times as many requests, and longer than to read everything."""
+LOCAL_SCANNERS, LOCAL_SCAN_BYTES = 4, 1 << 11
+"""The same for local tars, of which only the headers are read."""
+WORDNET_ID = re.compile(r"n\d{8}")
+TEXTS = ("classes", "objects", "names", "ignored", "tars")
+NUMBERS = ("object_of", "offset", "length", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +48,8 @@ class Catalog:
     length: np.ndarray
     label: np.ndarray
     ignored: dict[str, int] = field(default_factory=dict)
+    tars: dict[str, int] = field(default_factory=dict)
+    """Bytes of every tar that was scanned."""
 
     def digest(self) -> str:
         """sha256 of names and sizes."""
@@ -48,29 +58,39 @@ class Catalog:
 
     def to_bytes(self) -> bytes:
         """The catalog as a file, so that a job array scans an archive once."""
-        texts = {"classes": self.classes, "objects": self.objects, "names": self.names}
-        arrays = {name: np.frombuffer("\n".join(lines).encode(), np.uint8) for name, lines in texts.items()}
-        numbers = {name: getattr(self, name) for name in ("object_of", "offset", "length", "label")}
-        return index_bytes(arrays | numbers)
+        texts = json.dumps({name: getattr(self, name) for name in TEXTS}).encode()
+        return index_bytes({"texts": np.frombuffer(texts, np.uint8)} | {name: getattr(self, name) for name in NUMBERS})
 
     @classmethod
     def from_bytes(cls, data: bytes, tars: dict[str, int]) -> "Catalog":
-        """The catalog in a file. UserError if it is damaged or of other tars."""
-        columns = ("classes", "objects", "names", "object_of", "offset", "length", "label")
+        """The catalog in a file. UserError if it is damaged, of other tars, or of tars that have changed since."""
         try:
-            arrays = read_arrays(data, columns)
-            classes, objects, names = (tuple(arrays[n].tobytes().decode().split("\n")) for n in columns[:3])
-            numbers = tuple(arrays[name] for name in columns[3:])
-            ends = arrays["offset"] + arrays["length"]
-            sizes = np.array([tars[name] for name in objects])
-            if {len(column) for column in numbers} != {len(names)} or (ends > sizes[arrays["object_of"]]).any():
-                raise ValueError("its columns do not agree")
+            arrays = read_arrays(data, ("texts", *NUMBERS))
+            texts = json.loads(arrays.pop("texts").tobytes())
+            classes, objects, names = (tuple(map(str, texts[name])) for name in TEXTS[:3])
+            object_of, offset, length, label = (arrays[name] for name in NUMBERS)
+            ignored, scanned = dict(texts["ignored"]), dict(texts["tars"])
+            catalog = cls(classes, objects, names, object_of, offset, length, label, ignored, scanned)
+            if catalog.tars != tars:
+                raise ValueError("the tars have other names or sizes")
+            catalog.check()
         except Exception as error:  # of a damaged file, anything
             raise UserError(
                 f"images: the catalog of the source is damaged or of other tars ({error!r}); remove it"
             ) from error
-        object_of, offset, length, label = numbers
-        return cls(classes, objects, names, object_of, offset, length, label)
+        return catalog
+
+    def check(self) -> None:
+        """ValueError unless every image lies within its tar and is of a class."""
+        columns = [getattr(self, name) for name in NUMBERS]
+        sizes = np.array([self.tars[name] for name in self.objects])
+        if (
+            {column.shape for column in columns} != {(len(self.names),)}
+            or min(column.min() for column in columns) < 0
+            or self.label.max() >= len(self.classes)
+            or (self.offset + self.length > sizes[self.object_of]).any()
+        ):
+            raise ValueError("its columns do not agree")
 
 
 class CatalogSource:
@@ -99,7 +119,7 @@ class CatalogSource:
 
 
 def list_folder(storage: Storage, uri: str | Path) -> Catalog:
-    """The images of a folder or prefix: classes are its sub-folders, sorted by name."""
+    """The images of a folder or prefix: classes are its sub-folders, sorted by name. UserError as of `find_images`."""
     if "://" not in str(uri):
         folder = find_images(uri)
         paths = [image.path.relative_to(folder.root).as_posix() for image in folder.images]
@@ -107,81 +127,107 @@ def list_folder(storage: Storage, uri: str | Path) -> Catalog:
         labels, classes, ignored = [image.label for image in folder.images], folder.classes, folder.ignored
     else:
         found = storage.list("", recursive=True)
-        images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
-        if not images:
-            raise UserError(
-                f"images: no {', '.join(IMAGE_SUFFIXES)} below {uri}; convert the images or name another prefix"
-            )
-        loose = [name for name in images if "/" not in name]
-        if loose and len(loose) < len(images):
-            raise UserError(f"images: {uri} has images of its own (such as {loose[0]}) beside class folders")
-        classes = ("images",) if loose else tuple(sorted({name.split("/")[0] for name in images}))
-        number = {name: i for i, name in enumerate(classes)}
-        paths, sizes = list(images), list(images.values())
-        labels = [0 if loose else number[path.split("/")[0]] for path in paths]
-        others = (Path(name).suffix.lower() or "without suffix" for name in found if name not in images)
-        ignored = dict(Counter(others))
+        paths = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
+        sizes = [found[name] for name in paths]
+        ignored = count_suffixes(name for name in found if not name.lower().endswith(IMAGE_SUFFIXES))
+        classes, labels = classes_of_prefix(str(uri), paths, found, ignored)
     nothing = np.full(len(paths), -1)
     names = tuple(readable(path) for path in paths)
     every = np.arange(len(paths))
     return Catalog(classes, tuple(paths), names, every, nothing, np.array(sizes), np.array(labels), ignored)
 
 
+def classes_of_prefix(
+    uri: str, paths: Sequence[str], found: Iterable[str], ignored: dict[str, int]
+) -> tuple[tuple[str, ...], list[int]]:
+    """Classes of an object store's prefix, and the label of each image at `paths`; `found` are all its objects."""
+    if not paths:
+        seen = ", ".join(f"{n} {suffix}" for suffix, n in Counter(ignored).most_common(5)) or "nothing"
+        raise UserError(
+            f"images: no {', '.join(IMAGE_SUFFIXES)} below {uri} (found {seen}); "
+            "convert the images or name another prefix"
+        )
+    loose = [path for path in paths if "/" not in path]
+    if len(loose) == len(paths):
+        return (uri.rstrip("/").rpartition("/")[2],), [0] * len(paths)
+    if loose:
+        raise UserError(
+            f"images: {uri} has images of its own (such as {loose[0]}) beside class folders; move them into one"
+        )
+    of_images = {path.split("/")[0] for path in paths}
+    empty = sorted({name.split("/")[0] for name in found if "/" in name} - of_images)
+    if empty:
+        raise UserError(f"images: class folder {uri}/{empty[0]} has no image; put some there or remove the folder")
+    number = {name: i for i, name in enumerate(sorted(of_images))}
+    return tuple(number), [number[path.split("/")[0]] for path in paths]
+
+
+def count_suffixes(names: Iterable[str]) -> dict[str, int]:
+    """Number of files by suffix."""
+    return dict(Counter(Path(name).suffix.lower() or "without suffix" for name in names))
+
+
 def scan_class_tars(storage: Storage, tars: dict[str, int]) -> Catalog:
-    """ImageNet's class tars, objects of their own or members of one tar; class index = sorted WordNet ids."""
-    class_tars: list[tuple[str, str, int, int]] = []  # wordnet id, object, offset, bytes
+    """ImageNet's class tars, objects of their own or members of one tar; class index = sorted WordNet ids.
+
+    UserError for a tar that is damaged or not of a class, two of one class, or a class without images."""
+    class_tars = sorted(find_class_tars(storage, tars))
+    remote = "://" in storage.prefix
+    buffer_bytes, scanners = (SCAN_BYTES, SCANNERS) if remote else (LOCAL_SCAN_BYTES, LOCAL_SCANNERS)
+
+    def members_of(entry: tuple[str, str, int, int]) -> list[Member]:
+        wordnet_id, name, offset, size = entry
+        try:
+            tar = RangedFile(_Stretch(storage, offset, size), name, buffer_bytes)  # type: ignore[arg-type]
+            return [member for member in scan(tar) if not hidden(member.name)]
+        except DamagedTar as error:
+            raise damaged(storage, f"{name} ({wordnet_id})", error) from error
+
+    with ThreadPoolExecutor(scanners, thread_name_prefix="scan") as pool:
+        found = list(pool.map(members_of, class_tars))
+    number = {name: i for i, name in enumerate(sorted(tars))}
+    rows: list[tuple[int, int, int, int]] = []
+    names, others = list[str](), list[str]()
+    for label, ((wordnet_id, tar, offset, _), members) in enumerate(zip(class_tars, found, strict=True)):
+        images = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES)]
+        others += [member.name for member in members if not member.name.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
+            raise UserError(f"images: the tar of class {wordnet_id} in {storage.prefix} has no image; remove it")
+        rows += [(number[tar], offset + member.offset, member.size, label) for member in images]
+        names += [f"{wordnet_id}/{readable(member.name.rpartition('/')[2])}" for member in images]
+    object_of, offsets, lengths, labels = np.array(rows, np.int64).T.copy()
+    classes = tuple(wordnet_id for wordnet_id, *_ in class_tars)
+    ignored = count_suffixes(others)
+    return Catalog(classes, tuple(number), tuple(names), object_of, offsets, lengths, labels, ignored, dict(tars))
+
+
+def find_class_tars(storage: Storage, tars: dict[str, int]) -> list[tuple[str, str, int, int]]:
+    """WordNet id, object, first byte and bytes of each class tar."""
+    found = [(name, name, 0, size) for name, size in tars.items()]
     if len(tars) == 1 and any(m.name.endswith(".tar") for m in first_members(storage, next(iter(tars)), 1)):
         (outer,) = tars
         try:
             members = [m for m in scan(RangedFile(storage, outer, HEADER_BYTES)) if m.name.endswith(".tar")]
         except DamagedTar as error:
             raise damaged(storage, outer, error) from error
-        class_tars = [(Path(member.name).stem, outer, member.offset, member.size) for member in members]
-    else:
-        class_tars = [(Path(name).stem, name, 0, size) for name, size in tars.items()]
-    class_tars.sort()
-    ids = [wordnet_id for wordnet_id, *_ in class_tars]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name, count in Counter(ids).items() if count > 1)
-        raise UserError(f"images: {storage.prefix} has two tars of class {twice}; remove one")
-
-    def members_of(entry: tuple[str, str, int, int]) -> list[Member]:
-        wordnet_id, name, offset, size = entry
-        try:
-            return list(scan(Window(storage, name, offset, size)))
-        except DamagedTar as error:
-            raise damaged(storage, f"{name} ({wordnet_id})", error) from error
-
-    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="scan") as pool:
-        found = list(pool.map(members_of, class_tars))
-    objects = tuple(dict.fromkeys(name for _, name, *_ in class_tars))
-    rows: list[tuple[int, int, int, int, str]] = []
-    ignored: Counter[str] = Counter()
-    for label, ((wordnet_id, name, offset, _), members) in enumerate(zip(class_tars, found, strict=True)):
-        images = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES)]
-        ignored.update(Path(m.name).suffix.lower() or "without suffix" for m in members if m not in images)
-        if not images:
-            raise UserError(f"images: the tar of class {wordnet_id} in {storage.prefix} has no image; remove it")
-        for member in images:
-            image = f"{wordnet_id}/{readable(member.name.rpartition('/')[2])}"
-            rows.append((objects.index(name), offset + member.offset, member.size, label, image))
-    object_of, offsets, lengths, labels, names = zip(*rows, strict=True)
-    return Catalog(
-        tuple(ids), objects, names, np.array(object_of), np.array(offsets), np.array(lengths), np.array(labels),
-        dict(ignored),
-    )  # fmt: skip
-
-
-class Window(RangedFile):
-    """A stretch of an object as a file of its own: a tar in a tar."""
-
-    def __init__(self, storage: Storage, name: str, offset: int, size: int) -> None:
-        super().__init__(_Stretch(storage, offset, size), name, HEADER_BYTES)  # type: ignore[arg-type]
+        found = [(member.name, outer, member.offset, member.size) for member in members if not hidden(member.name)]
+    seen: set[str] = set()
+    for name, *_ in found:
+        wordnet_id = Path(name).stem
+        if not WORDNET_ID.fullmatch(wordnet_id):
+            raise UserError(
+                f"images: {storage.prefix} has {name}, which is no tar of an ImageNet class (n01440764.tar); "
+                "name the one tar of class tars, or a folder of class tars alone, or use another --kind"
+            )
+        if wordnet_id in seen:
+            raise UserError(f"images: {storage.prefix} has two tars of class {wordnet_id}; remove one")
+        seen.add(wordnet_id)
+    return [(Path(name).stem, tar, offset, size) for name, tar, offset, size in found]
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """A storage that knows only a stretch of its objects."""
+    """A storage that knows only a stretch of its objects: a tar in a tar."""
 
     storage: Storage
     offset: int

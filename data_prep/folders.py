@@ -99,6 +99,11 @@ def is_image(path: Path, ignored: Counter[str]) -> bool:
     return False
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or a folder in a path begins with a dot."""
+    return any(part.startswith(".") and part != "." for part in name.split("/"))
+
+
 def unique_key(name: str, taken: set[str]) -> str:
     """A WebDataset key like the file's name: no dots (WebDataset ends the key there), no suffix, not in `taken`."""
     stem = name.rsplit(".", 1)[0]

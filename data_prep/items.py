@@ -55,7 +55,7 @@ def reader(storage: Storage, name: str, offset: int, length: int, keep: object =
 
 
 def first_members(storage: Storage, name: str, count: int) -> list[Member]:
-    """The first members of a tar. UserError if it is damaged before them."""
+    """The first members of a tar, fewer if it is damaged after some; UserError if it is before the first."""
     members: list[Member] = []
     try:
         for member in scan(RangedFile(storage, name, HEADER_BYTES)):
@@ -63,7 +63,8 @@ def first_members(storage: Storage, name: str, count: int) -> list[Member]:
             if len(members) == count:
                 break
     except DamagedTar as error:
-        raise damaged(storage, name, error) from error
+        if not members:
+            raise damaged(storage, name, error) from error
     return members
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.folders import IMAGE_SUFFIXES, readable, unique_key
+from data_prep.captions import Captions
+from data_prep.folders import IMAGE_SUFFIXES, hidden, readable, unique_key
 from data_prep.items import ImageItem, OversizedImage, Partition, damaged, reader
 from nitscale.data.storage import Storage, open_storage
 from nitscale.data.tars import DamagedTar, Member, scan
-from nitscale.errors import UserError
 
 LARGEST_TEXT = 2**20
 """Bytes of a .json, .cls or .txt member."""
@@ -71,7 +71,7 @@ class TarSource:
 
     def partitions(self, images: int) -> list[Partition]:
         taken: set[str] = set()
-        return [Partition(unique_key(name, taken).replace("/", "-"), None, i) for i, name in enumerate(self.tars)]
+        return [Partition(unique_key(name.replace("/", "-"), taken), None, i) for i, name in enumerate(self.tars)]
 
     def items(self, partition: Partition) -> Iterator[ImageItem]:
         name = list(self.tars)[partition.start]
@@ -119,7 +119,8 @@ def failing(reason: str) -> Callable[[], bytes]:
 
 
 def samples(file: BinaryIO, members: Iterable[Member]) -> Iterator[TarSample]:
-    """Members that stand together and have one key, as WebDataset groups them: a key ends at the first dot."""
+    """Members that stand together and have one key, as WebDataset groups them: a key ends at the first dot of the
+    file's name. A suffix that comes again begins another sample; hidden members (macOS adds some) are left out."""
 
     def contents(member: Member) -> bytes:
         position = file.tell()
@@ -130,71 +131,47 @@ def samples(file: BinaryIO, members: Iterable[Member]) -> Iterator[TarSample]:
 
     sample: TarSample | None = None
     for member in members:
+        if hidden(member.name):
+            continue
         folder, slash, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
-        key = folder + slash + stem
-        if sample is None or sample.key != key:
+        key, suffix = folder + slash + stem, suffix.lower()
+        if sample is None or sample.key != key or suffix in sample.members:
             if sample is not None:
                 yield sample
             sample = TarSample(key, {}, contents)
-        sample.members.setdefault(suffix.lower(), member)
+        sample.members[suffix] = member
     if sample is not None:
         yield sample
 
 
-def webdataset_label(sample: TarSample, classes: tuple[str, ...] | None) -> tuple[int, str | None]:
+def webdataset_label(sample: TarSample, classes: dict[str, int] | None) -> tuple[int, str | None]:
     """Label from .cls, or from .json's label or class, by number or by name; text from .txt, or .json's caption."""
     about = sample.json()
     found = sample.text("cls") or about.get("label", about.get("class"))
     text = sample.text("txt") or about.get("caption", about.get("text"))
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"its caption {text!r} is no text")
     if found is None:
         if text is None and classes is not None:
             raise ValueError("it has neither .cls nor a label or class in its .json")
         return 0, text
     found = str(found).strip()
-    if found.isdigit():
+    if found.isascii() and found.isdigit() and (classes is None or int(found) < len(classes)):
         return int(found), text
     if classes is None or found not in classes:
         raise ValueError(f"class {found!r} is not in the list of classes; give --classes FILE with one name a line")
-    return classes.index(found), text
+    return classes[found], text
 
 
-def sa1b_label(sample: TarSample, captions: dict[int, str] | None) -> tuple[int, str | None]:
-    """No class, and the caption of SA-1B's image id, empty if there is none for it; None without captions."""
+def sa1b_label(sample: TarSample, captions: Captions | None) -> tuple[int, str | None]:
+    """No class, and the caption of SA-1B's image id, empty if there is none for it; None without captions.
+
+    The id stands in the name, and in the .json, which is large (the image's masks) and read only if it must be."""
     if captions is None:
         return 0, None
-    image_id = sample.json().get("image", {}).get("image_id") or re.sub(r"^.*\D", "", sample.key)
-    return 0, captions.get(int(str(image_id)), "")
-
-
-def read_captions(path: str | Path) -> dict[int, str]:
-    """Captions by image id, from JSONL or Parquet (needs pyarrow) with columns image_id (or id) and caption (or text).
-
-    UserError if the file cannot be read or a line has no such columns."""
-    path = Path(path)
-    rows: Iterable[dict[str, Any]]
-    captions = {}
-    try:
-        if path.suffix == ".parquet":
-            try:
-                import pyarrow.parquet
-            except ImportError as error:
-                raise UserError(f"captions: {path} needs pyarrow ({error}); pip install 'nitscale[parquet]'") from None
-            rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        else:
-            rows = (json.loads(line) for line in path.open(encoding="utf-8") if line.strip())
-        for line, row in enumerate(rows, 1):
-            try:
-                captions[int(row["image_id"] if "image_id" in row else row["id"])] = str(
-                    row["caption"] if "caption" in row else row["text"]
-                )
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(
-                    f"captions: row {line} of {path} has no image_id and caption ({error!r}); give JSONL lines like "
-                    '{"image_id": 17, "caption": "a dog"}, or Parquet with these columns'
-                ) from error
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"captions: {path} cannot be read: {error}") from error
-    return captions
+    match = re.fullmatch(r"(?:.*/)?sa_(\d{1,18})", sample.key)
+    image_id = match[1] if match else (sample.json().get("image") or {}).get("image_id")
+    if image_id is None:
+        raise ValueError("neither its name nor its .json has an image_id")
+    return 0, captions.get(int(image_id)) or ""

@@ -1,6 +1,8 @@
 """Image files for tests."""
 
 import io
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +31,14 @@ def png(height: int, width: int, seed: int = 0) -> bytes:
     """The contents of a PNG file with a picture."""
     picture(height, width, seed).save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A tar of members (name, contents)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, contents in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(contents)
+            tar.addfile(info, io.BytesIO(contents))
+    return path
