@@ -178,8 +178,10 @@ def train(
     if print_config:
         print(to_yaml(run), end="")
         return
-    from nitscale.train.engine import leave_process, start_process
+    if run.engine.tensor_parallel > 1:  # Megatron overlaps communication by the order in which kernels are launched
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from nitscale.train.loop import run_training
+    from nitscale.train.process import leave_process, start_process
 
     process = start_process()
     with resumable():

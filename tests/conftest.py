@@ -12,8 +12,8 @@ import torch
 from data_prep.encode import encode_folder
 from data_prep.pipeline import EncodeConfig
 from nitscale.demo.shapes import draw_folder
-from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
+from nitscale.train.process import start_process
 from tests.train.tiny import tiny_run
 
 torch.set_num_threads(1)

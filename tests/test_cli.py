@@ -28,7 +28,7 @@ def test_the_five_commands_run_one_after_the_other(tmp_path, shapes_dataset):
     )
     trained = nitscale("train", recipe, "train.steps=3")
     assert trained.returncode == 0 and "is complete" in trained.stdout, trained.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "ema.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").exists()
 
     sampled = nitscale(
         "sample", tmp_path / "run", "--size", "32x48", "--size", "64x32", "--class", "disc,0", "--seeds", "0-1",

@@ -16,11 +16,14 @@ ROOMS = [
     "nitscale.models",
     "nitscale.data",
     "nitscale.autoencoders",
+    "nitscale.encoders",
     "nitscale.dct",
     "nitscale.checkpoints",
+    "nitscale.slices",
     "nitscale.layout",
     "nitscale.randomness",
     "nitscale.config",
+    "nitscale.pictures",
     "nitscale.files",
     "nitscale.errors",
 ]
@@ -31,7 +34,12 @@ NEIGHBOURS = {
     ("nitscale.flow", "nitscale.models"),
 }
 """Rooms beside each other: neither imports the other."""
-OWNERS = {"deepspeed": "nitscale/train/engine.py", "boto3": "nitscale/data/storage.py"}
+OWNERS = {
+    "deepspeed": "nitscale/train/engine.py",
+    "megatron": "nitscale/models/parallel.py",
+    "boto3": "nitscale/data/storage.py",
+    "transformers": "nitscale/encoders.py",
+}
 
 
 def room_of(module: str) -> int | None:

@@ -30,6 +30,6 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> TrainedModel
     codec = codec_from_spec(about["codec"])
     with torch.device("meta"):
         model = PackedTransformer(build(ModelConfig, about["model"], "model", {}))
-    model.load_state_dict(checkpoint.ema(), assign=True)
+    model.load_state_dict(checkpoint.weights(), assign=True)
     model.to(device).eval()
     return TrainedModel(model, codec.to(device), about["classes"], checkpoint.step, torch.device(device))

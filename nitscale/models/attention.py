@@ -71,6 +71,7 @@ def equal_length_runs(layout: PackLayout) -> list[tuple[int, int, int]]:
     return runs
 
 
+@torch.compiler.disable  # it would be compiled anew for every list of lengths
 def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float | None) -> Tensor:
     runs = equal_length_runs(layout)
     # split and not slices: the backward of a slice fills a tensor of the whole pack for every run

@@ -16,12 +16,14 @@ from nitscale.models.attention import equal_length_runs
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackLayout) -> Tensor:
     """x · (1 + scale) + shift: x (N, D), shift and scale (n, D) of each token's image."""
-    return _Modulate.apply(x, shift.to(x.dtype), scale.to(x.dtype), layout)
+    apply = _Modulate.apply if x.is_cuda else _modulate_eagerly
+    return apply(x, shift.to(x.dtype), scale.to(x.dtype), layout)
 
 
 def gated_add(x: Tensor, branch: Tensor, gate: Tensor, layout: PackLayout) -> Tensor:
     """x + gate · branch: x and branch (N, D), gate (n, D) of each token's image."""
-    return _GatedAdd.apply(x, branch.to(x.dtype), gate.to(x.dtype), layout)
+    apply = _GatedAdd.apply if x.is_cuda else _gated_add_eagerly
+    return apply(x, branch.to(x.dtype), gate.to(x.dtype), layout)
 
 
 def segment_sum(values: Tensor, layout: PackLayout) -> Tensor:
@@ -89,3 +91,8 @@ def _multiply_add(x: Tensor, factor: Tensor, addend: Tensor | None, layout: Pack
             torch.addcmul(addend[images, None], run, of_run, out=written)
         segment += count
     return out
+
+
+# On a CPU these loop over runs of equal lengths, and would be compiled anew for every list of lengths.
+_modulate_eagerly = torch.compiler.disable(_Modulate.apply)
+_gated_add_eagerly = torch.compiler.disable(_GatedAdd.apply)

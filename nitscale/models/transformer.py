@@ -7,12 +7,13 @@ presets are in presets.py, and published weights are read and written by referen
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed import ProcessGroup
 
 from nitscale.errors import UserError
 from nitscale.layout import PackLayout
@@ -20,6 +21,7 @@ from nitscale.models.attention import BACKENDS, attend, choose_backend, group_by
 from nitscale.models.rope import EXTRAPOLATIONS, MAGNITUDES, ORDERS, apply_rope, rope_tables
 from nitscale.models.segments import gated_add, modulate
 from nitscale.randomness import torch_generator
+from nitscale.slices import shard_of_parameter
 
 FREQUENCIES = 256
 """Sinusoids of the time embedding."""
@@ -162,13 +164,11 @@ class ModelConfig:
 
 
 class PackedTransformer(nn.Module):
-    """The model of a `ModelConfig`. Its weights are initialised from seed 0, see `initialize`."""
+    """The model of a `ModelConfig`. Its weights are set from `seed`, see `initialize`; None leaves them unset."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
-        """Recompute each block in backward instead of keeping its activations."""
         width = config.width
         self.patch_embedding = Linear(config.token_features, width)
         self.position_embedding = FractionalPositions(width) if config.absolute_positions == "fractional" else None
@@ -180,8 +180,10 @@ class PackedTransformer(nn.Module):
         self.projector: Projector | None = None
         if config.projector_width is not None and config.feature_width is not None:
             self.projector = Projector(width, config.projector_width, config.feature_width)
-        if not self.patch_embedding.weight.is_meta:
-            self.initialize(0)
+        self.block_calls: list[Callable[..., Tensor]] = list(self.blocks)
+        """What is called for each block: the block, or something around it that recomputes or compiles it."""
+        if seed is not None and not self.patch_embedding.weight.is_meta:
+            self.initialize(seed)
 
     def forward(
         self, tokens: Tensor, t: Tensor, labels: Tensor, layout: PackLayout, *, return_features: bool = False
@@ -232,12 +234,8 @@ class PackedTransformer(nn.Module):
         activated = F.silu(condition)
         shared = None if self.global_adaln is None else self.global_adaln(activated)
         features = None
-        for index, block in enumerate(self.blocks):
-            arguments = (x, condition, activated, shared, cos, sin, layout)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+        for index, call in enumerate(self.block_calls):
+            x = call(x, condition, activated, shared, cos, sin, layout)
             if return_features and index + 1 == config.feature_block:
                 features = x if self.projector is None else self.projector(x)
         output = self.final_layer(x, condition, activated, layout)
@@ -268,23 +266,28 @@ class PackedTransformer(nn.Module):
         return t * config.time_scale
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Set every weight as the published code does, as a pure function of the seed and the weight's name.
+    def initialize(self, seed: int, group: ProcessGroup | None = None) -> None:
+        """Set every weight as the published code does, as a pure function of the seed and the weight's name. With
+        tensor parallelism over `group`, each rank gets its part of the same weights.
 
         Linears: Xavier uniform, bias 0; label table and time embedding: N(0, 0.02²); the last linear of every
         modulation and of the output: 0, so that each block begins as the identity.
         """
         for name, parameter in self.named_parameters():
             generator = torch_generator(seed, "weights", name, device=parameter.device)
+            shard = None if group is None else shard_of_parameter(parameter, group.rank(), group.size())
+            whole = parameter if shard is None else parameter.new_empty(shard.whole_shape(parameter.shape))
             is_zero = "adaln.out." in name or name.startswith(("global_adaln.", "final_layer.out."))
             if "_norm." in name or ".norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith(".weight") else 0.0)
-            elif parameter.ndim < 2 or is_zero:
-                nn.init.zeros_(parameter)
+                nn.init.constant_(whole, 1.0 if name.endswith(".weight") else 0.0)
+            elif whole.ndim < 2 or is_zero:
+                nn.init.zeros_(whole)
             elif name.startswith(("label_embedding.", "time_embedding.")):
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+                nn.init.normal_(whole, std=0.02, generator=generator)
             else:
-                nn.init.xavier_uniform_(parameter, generator=generator)
+                nn.init.xavier_uniform_(whole, generator=generator)
+            if shard is not None:
+                parameter.copy_(shard.of(whole))
 
 
 class Block(nn.Module):

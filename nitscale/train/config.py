@@ -74,6 +74,8 @@ class FlowConfig:
     mean: float = 0.0
     """Of the normal under the logit."""
     std: float = 1.0
+    weighting: Literal["token", "image"] = "token"
+    """What counts alike in the loss of a step: every token (NiT), or every image (FiT)."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class LoopConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for ever; 0 keeps none so."""
 
     def __post_init__(self) -> None:
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(f"keep_every={self.keep_every} must be a multiple of checkpoint_every")
         for name in ("steps", "log_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

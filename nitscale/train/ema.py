@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights, kept on this rank's part of the fp32 master weights.
+"""Averages of the weights over training, kept on this rank's part of the fp32 master weights.
 
-ZeRO gives each data-parallel rank a slice of the master weights; the average lives beside that slice: 4 bytes x
-parameters / ranks, updated without communication. `state_dict` puts the slices together once, for a checkpoint.
+ZeRO gives each data rank a slice of the master weights; the averages live beside that slice: 4 bytes x parameters /
+(data x tensor ranks) for each, updated without communication. Checkpoints hold them slice by slice, as the weights.
 """
 
 from dataclasses import dataclass
@@ -14,35 +14,33 @@ from nitscale.train.engine import Engine
 
 @dataclass(frozen=True)
 class EMAConfig:
-    decay: float = 0.9999
-    """Share of the average that is kept at each step."""
+    decays: tuple[float, ...] = (0.9999,)
+    """Shares of the exponential averages that are kept at each step. Samples are drawn from the first average."""
     ramp: bool = True
     """Begin with min(decay, (1 + step) / (10 + step)), so that a short run is not dominated by the initial weights."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if not self.decays or not all(0 <= decay < 1 for decay in self.decays):
+            raise ValueError(f"decays must be numbers in [0, 1), at least one, got {list(self.decays)}")
 
 
 class EMA:
-    """The average of an engine's master weights."""
+    """The averages of an engine's master weights, by name."""
 
     def __init__(self, engine: Engine, config: EMAConfig) -> None:
         self.engine = engine
         self.config = config
-        self.partitions = [master.detach().clone() for master in engine.master_partitions()]
+        self.averages = {f"{decay:g}": [m.detach().clone() for m in engine.masters()] for decay in config.decays}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (0-based)."""
-        decay = min(self.config.decay, (1 + step) / (10 + step)) if self.config.ramp else self.config.decay
-        masters = [master.detach() for master in self.engine.master_partitions()]
-        torch._foreach_lerp_(self.partitions, masters, 1 - decay)
+        """Take in the weights after optimizer step `step` (0-based), unless the step left them as they were."""
+        for decay, average in zip(self.config.decays, self.averages.values(), strict=True):
+            kept = min(decay, (1 + step) / (10 + step)) if self.config.ramp else decay
+            taken = (1 - kept) * self.engine.finite.float()  # a tensor, so that the host need not know
+            for mean, master in zip(average, self.engine.masters(), strict=True):
+                mean.lerp_(master.detach(), taken)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every averaged parameter, fp32, whole, on the CPU of rank 0 (empty elsewhere). All ranks must call it."""
-        return self.engine.gather(self.partitions)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's slices from whole parameters, as `state_dict` gives them."""
-        self.engine.scatter(state, self.partitions)
+    def state(self) -> dict[str, list[Tensor]]:
+        """The averages by kind of checkpoint slices: a tensor for every one of the engine's `masters()`."""
+        return {f"ema/{name}": average for name, average in self.averages.items()}

@@ -57,7 +57,7 @@ def export_checkpoint(path: Path, file: Path) -> str:
     checkpoint = find_weights(path)
     with torch.device("meta"):
         model = PackedTransformer(build(ModelConfig, checkpoint.model()["model"], "model", {}))
-    model.load_state_dict(checkpoint.ema(), assign=True)
+    model.load_state_dict(checkpoint.weights(), assign=True)
     weights = save_reference(model)
     with atomic_file(file) as temporary:
         renamed = temporary.with_name(temporary.name + file.suffix)  # the format goes by the ending

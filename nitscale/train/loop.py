@@ -5,7 +5,6 @@ A step is `packs_per_step` packs over all ranks. Its data, noise, timesteps and 
 """
 
 import json
-import math
 import signal
 import time
 from collections.abc import Generator
@@ -29,19 +28,22 @@ from nitscale.flow.paths import interpolate
 from nitscale.flow.timesteps import sample_timesteps
 from nitscale.layout import PackedBatch
 from nitscale.models.flops import training_flops
-from nitscale.models.transformer import PackedTransformer
 from nitscale.randomness import bernoulli, torch_generator
 from nitscale.train.checkpoint import Checkpointer
 from nitscale.train.config import RunConfig
 from nitscale.train.ema import EMA
-from nitscale.train.engine import Engine, Process
+from nitscale.train.engine import build_engine
 from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops, versions
+from nitscale.train.process import Process
 from nitscale.train.schedule import learning_rate_factor
+from nitscale.train.skips import SkippedSteps
 
 MOST_UNREADABLE = 0.01
 """Share of the images since the last log line above which a run stops because of unreadable ones …"""
 FEWEST_UNREADABLE = 10
 """… if there are more than this."""
+
+SKIPPED_LIMIT = 10
 
 
 class Trainer:
@@ -49,20 +51,19 @@ class Trainer:
 
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config = config
-        self.process = process
+        self.process = process = process.spread(config.engine.tensor_parallel)
         self.run = Path(config.run)
         self.ledger = self.run / "quarantine.jsonl"
         self.dataset = config.data.open()
         check_model_fits_data(config, self.dataset.manifest)
         self.plan = Plan(self.dataset, config.data.plan(config.seed, config.model.patch_size))
-        self.model = PackedTransformer(config.model)
-        self.model.initialize(config.seed)
-        self.plan.assign(self.plan.step(self.plan.start())[0], process.world_size)  # refuses a wrong world size
-        accumulation = config.data.packs_per_step // process.world_size
-        self.model.to(process.device)
-        self.engine = Engine(self.model, config.optimizer, config.engine, process, accumulation)
+        self.plan.assign(self.plan.step(self.plan.start())[0], process.data_size)  # refuses a wrong number of ranks
+        accumulation = config.data.packs_per_step // process.data_size
+        self.engine = build_engine(config.model, config.seed, config.optimizer, config.engine, process, accumulation)
         self.ema = EMA(self.engine, config.ema)
-        self.checkpointer = Checkpointer(self.run / "checkpoints", process, config.train.keep_last)
+        self.checkpointer = Checkpointer(
+            self.run / "checkpoints", process, config.train.keep_last, config.train.keep_every
+        )
         self.statistics = StepStatistics(process)
         self.plan_state: PlanState = self.plan.start()
         self.step = 0
@@ -70,6 +71,7 @@ class Trainer:
         self.images = 0
         self.digest = ""
         self.images_at_log = 0
+        self.skips = SkippedSteps(process.device)
         self.stop_requested = False
         self.saved_step = -1
 
@@ -87,8 +89,8 @@ class Trainer:
             self.dataset,
             self.plan,
             self.plan_state,
-            rank=self.process.rank,
-            world_size=self.process.world_size,
+            rank=self.process.data_rank,
+            world_size=self.process.data_size,
             workers=self.config.data.workers,
             pin_memory=self.process.device.type == "cuda",
         )
@@ -97,16 +99,18 @@ class Trainer:
         self.since_log = StepClock()
         packs = iter(loader)
         try:
-            while self.step < self.config.train.steps and not self.process.any_rank(self.stop_requested):
+            while self.step < self.config.train.steps and not self.process.any_rank(self.must_stop()):
                 line = self.train_step(packs)
                 metrics.advance()
                 if line is not None:
                     with self.process.together("log"):
                         metrics.write(line)
-                if self.step % self.config.train.checkpoint_every == 0:
+                if self.step % self.config.train.checkpoint_every == 0 and not self.skips.now():
                     self.save()
+            self.refuse_skipping()
             if self.step and self.saved_step != self.step:
                 self.save()
+            self.checkpointer.wait()
         finally:
             packs.close()
             metrics.close()
@@ -119,30 +123,34 @@ class Trainer:
         config = self.config
         planned, self.plan_state = self.plan.step(self.plan_state)
         step_tokens = sum(pack.num_tokens for pack in planned)
+        step_images = sum(len(pack.sample_ids) for pack in planned)
         factor = learning_rate_factor(config.schedule, self.step, config.train.steps)
         for _ in range(self.engine.accumulation):
             batch = next(packs)
             began = time.perf_counter()
             self.note_unreadable(batch)
             assert batch.step == self.step, f"loader is at step {batch.step}, trainer at {self.step}"
-            loss = self.pack_loss(batch.to(self.process.device, non_blocking=True), step_tokens)
+            total = step_images if config.flow.weighting == "image" else step_tokens
+            loss = self.pack_loss(batch.to(self.process.device, non_blocking=True), total)
             # The forward alone: the backward ends in a reduction, where all wait for the slowest.
             self.statistics.compute_s += time.perf_counter() - began
             self.statistics.wait_s += batch.data_wait_s
             self.engine.backward(loss)
             self.engine.step(config.optimizer.lr * factor)
+        self.statistics.end_step(self.engine.finite)
+        self.skips.add(self.engine.finite)
         self.ema.update(self.step)
         self.step += 1
         self.tokens += step_tokens
-        self.images += sum(len(pack.sample_ids) for pack in planned)
+        self.images += step_images
         self.digest = chain_digest(self.digest, planned)
         self.since_log.add(planned, self)
         if self.step % config.train.log_every and self.step != config.train.steps:
             return None
         return self.log_line(config.optimizer.lr * factor)
 
-    def pack_loss(self, batch: PackedBatch, step_tokens: int) -> torch.Tensor:
-        """This pack's share of the step's loss: its tokens' squared velocity error over the tokens of the step."""
+    def pack_loss(self, batch: PackedBatch, total: int) -> torch.Tensor:
+        """This pack's share of the step's loss: its squared velocity error over the tokens, or images, of the step."""
         config, layout, device = self.config, batch.layout, self.process.device
         key = (batch.step, batch.pack)
         noise_generator = torch_generator(config.seed, "noise", *key, device=device)
@@ -160,7 +168,7 @@ class Trainer:
         noisy, velocity = interpolate(batch.tokens.float(), noise, t, layout)
         error = squared_error(self.engine.forward(noisy, t, labels, layout), velocity)
         self.statistics.add(error, batch.weights, t, layout)
-        return reduce_tokens(error, layout, weights=batch.weights, total=step_tokens)
+        return reduce_tokens(error, layout, weights=batch.weights, total=total, per=config.flow.weighting)
 
     def note_unreadable(self, batch: PackedBatch) -> None:
         """One line of quarantine.jsonl for each image of the pack that could not be read; it trains with weight 0."""
@@ -183,10 +191,9 @@ class Trainer:
         config = self.config
         line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "images": self.images}
         line |= self.statistics.reduce()
-        line |= {"grad_norm": self.engine.grad_norm(), "lr": lr} | self.since_log.describe(self)
+        line |= {"grad_norm": float(self.engine.grad_norm), "lr": lr} | self.since_log.describe(self)
         self.since_log = StepClock()
         line |= {"memory_gib": memory_gib(self.process.device), "data_digest": self.digest}
-        self.refuse_broken_loss(line["loss"])
         images = self.images - self.images_at_log
         if line["unreadable"] > max(MOST_UNREADABLE * images, FEWEST_UNREADABLE):
             raise UserError(
@@ -196,17 +203,23 @@ class Trainer:
         self.images_at_log = self.images
         return line
 
-    def refuse_broken_loss(self, loss: float) -> None:
-        """UserError on all ranks if the loss is not finite on one of them."""
-        if self.process.any_rank(not math.isfinite(loss)):
+    def must_stop(self) -> bool:
+        """Whether this rank has a reason to end the run after the step just done."""
+        return self.stop_requested or self.checkpointer.failed or self.skips.before_last() >= SKIPPED_LIMIT
+
+    def refuse_skipping(self) -> None:
+        """UserError on all ranks if too many steps in a row had gradients that are not finite."""
+        skipped = self.skips.now()
+        if skipped >= SKIPPED_LIMIT:
             raise UserError(
-                f"train: the loss at step {self.step} is {loss}; lower optimizer.lr or set model.qk_norm, then run "
-                f"again: it goes on from the last checkpoint in {self.checkpointer.folder}"
+                f"train: the gradients of the last {skipped} steps to step {self.step} were not finite; lower "
+                f"optimizer.lr or set model.qk_norm, then run again: it goes on from the last checkpoint in "
+                f"{self.checkpointer.folder}"
             )
 
     def save(self) -> None:
-        """Publish a checkpoint of the current step, if its loss is finite. All ranks must call it."""
-        self.refuse_broken_loss(self.statistics.sums[0].item())
+        """Begin to publish a checkpoint of the current step. All ranks must call it."""
+        self.saved_step = self.step
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -225,8 +238,7 @@ class Trainer:
             "config.yaml": to_yaml(self.config),
             "quarantine.jsonl": self.quarantined() if self.process.is_main else "",
         }
-        self.checkpointer.save(self.step, self.engine, self.ema.state_dict(), texts)
-        self.saved_step = self.step
+        self.checkpointer.save(self.step, self.engine, self.ema, texts)
 
     def resume(self) -> None:
         """Take up the newest checkpoint of the run folder, if there is one."""
@@ -236,8 +248,7 @@ class Trainer:
         state = checkpoint.state()
         self.check_same_model(checkpoint)
         self.plan_state = self.plan.load_state(state["plan"])
-        self.checkpointer.load(checkpoint, self.engine)
-        self.ema.load_state_dict(checkpoint.ema())
+        self.checkpointer.load(checkpoint, self.engine, self.ema)
         self.step = self.saved_step = state["step"]
         self.tokens, self.images, self.digest = state["tokens"], state["images"], state["data_digest"]
         self.images_at_log = self.images
@@ -282,12 +293,12 @@ class StepClock:
         self.flops = self.imbalance = 0.0
 
     def add(self, planned: list[Pack], trainer: Trainer) -> None:
-        config, world_size = trainer.config, trainer.process.world_size
+        config, data_size = trainer.config, trainer.process.data_size
         self.steps += 1
         self.tokens += sum(pack.num_tokens for pack in planned)
         self.capacity += config.data.token_budget * len(planned)
         self.flops += sum(training_flops(config.model, pack.grids.prod(axis=1)) for pack in planned)
-        costs = [sum(pack.cost for pack in share) for share in trainer.plan.assign(planned, world_size)]
+        costs = [sum(pack.cost for pack in share) for share in trainer.plan.assign(planned, data_size)]
         self.imbalance += max(costs) / (sum(costs) / len(costs))
 
     def describe(self, trainer: Trainer) -> dict[str, Any]:

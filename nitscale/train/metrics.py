@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nitscale.files import atomic_write, disk_errors
 from nitscale.layout import PackLayout
-from nitscale.train.engine import Process
+from nitscale.train.process import Process
 
 QUARTILES = 4
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
@@ -34,6 +34,8 @@ class StepStatistics:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.sums = torch.zeros(2 + 2 * QUARTILES, dtype=torch.float64, device=process.device)
+        self.step_sums = torch.zeros_like(self.sums)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=process.device)
         self.began = time.perf_counter()
         self.compute_s = 0.0
         """Seconds of this rank's forward passes."""
@@ -50,10 +52,17 @@ class StepStatistics:
         tokens = layout.grids.prod(1) * weights
         per_image = per_image * weights
         quartile = (t * QUARTILES).long().clamp(0, QUARTILES - 1)
-        self.sums[0] += per_image.sum()
-        self.sums[1] += tokens.sum()
-        self.sums[2 : 2 + QUARTILES].index_add_(0, quartile, per_image)
-        self.sums[2 + QUARTILES :].index_add_(0, quartile, tokens.double())
+        self.step_sums[0] += per_image.sum()
+        self.step_sums[1] += tokens.sum()
+        self.step_sums[2 : 2 + QUARTILES].index_add_(0, quartile, per_image)
+        self.step_sums[2 + QUARTILES :].index_add_(0, quartile, tokens.double())
+
+    @torch.no_grad()
+    def end_step(self, finite: Tensor) -> None:
+        """Take in the packs of a step, unless it left the weights as they were (`finite`, 0-dim bool)."""
+        self.sums += torch.where(finite, self.step_sums, 0.0)
+        self.skipped += ~finite
+        self.step_sums.zero_()
 
     def reduce(self) -> dict[str, Any]:
         """The sums of all ranks as means, and a fresh start. All ranks must call it."""
@@ -62,19 +71,21 @@ class StepStatistics:
         times = torch.tensor(own, dtype=torch.float64, device=self.process.device)
         slowest = times.clone()
         if self.process.world_size > 1:
-            dist.all_reduce(self.sums)
+            dist.all_reduce(self.sums, group=self.process.data_group)
             dist.all_reduce(times)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         loss, tokens, *rest = self.sums.tolist()
         mean_compute, data_wait, _ = (times / self.process.world_size).tolist()
-        line: dict[str, Any] = {"loss": loss / max(tokens, 1)}
+        line: dict[str, Any] = {"loss": loss / tokens if tokens else None}
         for i in range(QUARTILES):
             count = rest[QUARTILES + i]
             line[f"loss_t{i}"] = rest[i] / count if count else None
         line["imbalance_observed"] = slowest[0].item() / mean_compute if mean_compute else 1.0
         line["data_wait"] = data_wait
-        line["unreadable"] = round(times[2].item())
+        line["unreadable"] = round(times[2].item()) // self.process.tensor_size
+        line["skipped"] = int(self.skipped)
         self.sums.zero_()
+        self.skipped.zero_()
         self.began, self.compute_s, self.wait_s, self.unreadable = time.perf_counter(), 0.0, 0.0, 0
         return line
 
@@ -105,7 +116,8 @@ class MetricsWriter:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(f"train/{name}", value, line["step"])
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
 
     def close(self) -> None:
         if self.active:

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from nitscale.errors import UserError
+from nitscale.flow.sampling import SamplerConfig, SampleRequest, packs_of_requests
 from nitscale.generate.load import load_trained
-from nitscale.generate.pictures import Row, contact_sheet, save_png, to_pil
-from nitscale.generate.sample import SamplerConfig, SampleRequest, packs_of_requests, sample_images
+from nitscale.generate.sample import sample_images
+from nitscale.pictures import Row, contact_sheet, save_png, to_pil
 
 REQUESTS = [
     SampleRequest(32, 48, 0, 1),
@@ -35,7 +36,7 @@ def test_a_picture_does_not_depend_on_what_it_is_sampled_with(trained_run, sampl
 def test_the_averaged_weights_are_what_is_sampled(trained_run):
     from nitscale.checkpoints import find_weights
 
-    ema = find_weights(trained_run).ema()
+    ema = find_weights(trained_run).weights()
     for name, parameter in load_trained(trained_run).model.named_parameters():
         assert torch.equal(parameter, ema[name])
 

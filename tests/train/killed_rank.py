@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from nitscale.train.engine import start_process
 from nitscale.train.loop import Trainer
+from nitscale.train.process import start_process
 from tests.train.tiny import tiny_run
 
 process = start_process()

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nitscale.checkpoints import find_weights, newest_whole, published
 from nitscale.errors import UserError
-from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
+from nitscale.train.process import start_process
 from tests.train.tiny import differences, final_state, tiny_run
 
 
@@ -28,7 +29,7 @@ def finished(tmp_path_factory, shapes_dataset) -> Path:
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(finished, shapes_dataset, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     newest = published(tmp_path / "run" / "checkpoints")[-1].folder
-    file = next((newest / "engine").glob("zero*"))
+    file = newest / "slices" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -50,7 +51,7 @@ def test_a_half_written_checkpoint_and_an_unreadable_pointer_are_passed_over(fin
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_deletes_nothing(finished, shapes_dataset, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for checkpoint in published(tmp_path / "run" / "checkpoints"):
-        (checkpoint.folder / "ema.safetensors").write_bytes(b"")
+        (checkpoint.folder / "slices" / "rank-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
         train(tiny_run(tmp_path / "run", shapes_dataset))
     assert len(published(tmp_path / "run" / "checkpoints")) == 2
@@ -65,7 +66,7 @@ import torch
 from nitscale.checkpoints import write_tensors
 from nitscale.errors import UserError
 from nitscale.files import disk_errors
-from nitscale.train.engine import start_process
+from nitscale.train.process import start_process
 from nitscale.train.loop import run_training
 from tests.train.tiny import tiny_run
 
@@ -98,7 +99,7 @@ def test_a_disk_that_takes_no_more_while_saving_keeps_the_checkpoint_before(fini
 def test_a_newer_damaged_checkpoint_does_not_push_out_good_ones(finished, shapes_dataset, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-00000008" / "ema.safetensors").write_bytes(b"")
+    (folder / "step-00000008" / "slices" / "rank-00000.safetensors").write_bytes(b"")
     options = ("train.keep_last=1", "train.checkpoint_every=2", "train.steps=6")
     train(tiny_run(tmp_path / "run", shapes_dataset, *options))
     assert [c.folder.name for c in published(folder)] == ["step-00000006", "step-00000008"]
@@ -127,14 +128,37 @@ def test_a_manifest_that_is_valid_json_but_not_a_manifest_is_named(finished, tmp
             find_weights(tmp_path / "step-00000008")
 
 
+def test_checkpoints_of_round_steps_are_kept_for_ever(shapes_dataset, tmp_path):
+    options = ("train.checkpoint_every=1", "train.keep_last=1", "train.keep_every=3")
+    assert train(tiny_run(tmp_path, shapes_dataset, *options))
+    assert [c.step for c in published(tmp_path / "checkpoints")] == [3, 6, 8]
+
+
 def test_only_the_newest_checkpoints_are_kept(shapes_dataset, tmp_path):
     assert train(tiny_run(tmp_path, shapes_dataset, "train.checkpoint_every=2", "train.keep_last=2"))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000006", "step-00000008"]
 
 
-def test_a_checkpoint_of_another_zero_stage_is_refused(finished, shapes_dataset):
-    with pytest.raises(UserError, match="zero_stage=1, this run has zero_stage=2"):
-        train(tiny_run(finished, shapes_dataset, "engine.zero_stage=2", "train.steps=9"))
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_goes_on_at_another_zero_stage(finished, shapes_dataset, tmp_path, stage):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    assert train(tiny_run(tmp_path / "run", shapes_dataset, f"engine.zero_stage={stage}"))
+    ours, theirs = (published(folder / "checkpoints")[-1] for folder in (tmp_path / "run", finished))
+    for which in ("ema", "model"):
+        for name, expected in theirs.weights(which).items():
+            torch.testing.assert_close(ours.weights(which)[name], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_weights_of_a_checkpoint_are_chosen_by_name(finished, shapes_dataset, tmp_path):
+    train(tiny_run(tmp_path, shapes_dataset, "ema.decays=[0.5,0]", "train.steps=2"))
+    (checkpoint,) = published(tmp_path / "checkpoints")
+    assert checkpoint.averages() == ["0.5", "0"]
+    model, last = checkpoint.weights("model"), checkpoint.weights("0")
+    assert all(torch.equal(model[name], last[name]) for name in model)
+    assert not all(torch.equal(model[name], value) for name, value in checkpoint.weights().items())
+    with pytest.raises(UserError, match=r"no weights '0\.9'; choose 0\.5, 0 or model"):
+        checkpoint.weights("0.9")
 
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):

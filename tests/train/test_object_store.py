@@ -7,8 +7,8 @@ from nitscale.data.loader import PackLoader
 from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Plan, PlanConfig
 from nitscale.data.storage import open_storage
-from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
+from nitscale.train.process import start_process
 from tests.data.faults import flip_bit, s3_behind_faults
 from tests.train.tiny import differences, final_state, metrics, tiny_run
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from nitscale.checkpoints import published
-from nitscale.train.engine import start_process
 from nitscale.train.loop import run_training
+from nitscale.train.process import start_process
 from tests.train.tiny import metrics, tiny_run
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nitscale.checkpoints import published
@@ -28,7 +29,7 @@ def tiny_run(folder: Path, dataset: Path, *overrides: str) -> RunConfig:
             "model.heads=2",
             "model.num_classes=8",
             "optimizer.lr=1e-3",
-            "ema.decay=0.9",
+            "ema.decays=[0.9]",
             "train.steps=8",
             "train.log_every=1",
             "train.checkpoint_every=4",
@@ -43,26 +44,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves: EMA, weights, master weights, optimizer moments, state.json."""
+    """Everything that a run leaves: weights, optimizer moments and averages of all ranks, state.json."""
     checkpoint = published(folder / "checkpoints")[-1].folder
-    state: dict[str, Any] = {f"ema/{name}": value for name, value in load_file(checkpoint / "ema.safetensors").items()}
-    for file in sorted((checkpoint / "engine").glob("*.pt")):
-        content = torch.load(file, weights_only=False)
-        flatten(content.get("module") or content.get("optimizer_state_dict"), f"{file.name}", state)
+    state: dict[str, Any] = {}
+    for file in sorted((checkpoint / "slices").iterdir()):
+        state |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
+        with safe_open(file, "pt") as slices:
+            state[file.name] = slices.metadata()
     state["state.json"] = json.loads((checkpoint / "state.json").read_text())
     return state
-
-
-def flatten(tree: Any, prefix: str, into: dict[str, Any]) -> None:
-    """The tensors of a nested structure, by path."""
-    if isinstance(tree, torch.Tensor):
-        into[prefix] = tree
-    elif isinstance(tree, dict):
-        for name, value in tree.items():
-            flatten(value, f"{prefix}/{name}", into)
-    elif isinstance(tree, (list, tuple)):
-        for position, value in enumerate(tree):
-            flatten(value, f"{prefix}/{position}", into)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
