@@ -226,7 +226,7 @@ def evaluate(
     print(evaluate_folder(samples, data))
 
 
-checkpoints = typer.Typer(help="Weights in and out: import, export, verify.", no_args_is_help=True)
+checkpoints = typer.Typer(help="Weights in and out: import, export, consolidate, verify.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoint")
 
 
@@ -242,15 +242,34 @@ def import_weights(
     print(import_checkpoint(file, preset, out or Path("runs") / preset))
 
 
+Which = Annotated[
+    str | None,
+    typer.Option("--ema", help="Which average, by its name, e.g. 0.9999; 'model' for the weights themselves."),
+]
+
+
 @checkpoints.command("export", epilog="Example: nitscale checkpoint export runs/nit_xl nit_xl.safetensors")
 def export_weights(
     checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
     file: Annotated[Path, typer.Argument(help="File to write: .safetensors, .bin, .pt or .pth.")],
+    which: Which = None,
 ) -> None:
     """Write the averaged weights under the published code's names."""
     from nitscale.train.exchange import export_checkpoint
 
-    print(export_checkpoint(checkpoint, file))
+    print(export_checkpoint(checkpoint, file, which))
+
+
+@checkpoints.command(epilog="Example: nitscale checkpoint consolidate runs/nit_xl nit_xl_step400000")
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    which: Which = None,
+) -> None:
+    """Put the slices of all ranks together: a folder of whole weights to sample from, a quarter of the size or less."""
+    from nitscale.train.exchange import consolidate_checkpoint
+
+    print(consolidate_checkpoint(checkpoint, out, which))
 
 
 @checkpoints.command(epilog="Example: nitscale checkpoint verify runs/nit_xl")

@@ -35,7 +35,7 @@ from nitscale.train.ema import EMA
 from nitscale.train.engine import build_engine
 from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops, versions
 from nitscale.train.process import Process
-from nitscale.train.schedule import learning_rate_factor
+from nitscale.train.schedule import check_schedule, learning_rate
 from nitscale.train.skips import SkippedSteps
 
 MOST_UNREADABLE = 0.01
@@ -66,6 +66,8 @@ class Trainer:
         )
         self.statistics = StepStatistics(process)
         self.plan_state: PlanState = self.plan.start()
+        self.nominal_step_tokens = config.data.packs_per_step * config.data.token_budget
+        check_schedule(config.schedule, config.train.steps, self.nominal_step_tokens)
         self.step = 0
         self.tokens = 0
         self.images = 0
@@ -124,7 +126,15 @@ class Trainer:
         planned, self.plan_state = self.plan.step(self.plan_state)
         step_tokens = sum(pack.num_tokens for pack in planned)
         step_images = sum(len(pack.sample_ids) for pack in planned)
-        factor = learning_rate_factor(config.schedule, self.step, config.train.steps)
+        lr = learning_rate(
+            config.schedule,
+            config.optimizer.lr,
+            step=self.step,
+            steps=config.train.steps,
+            tokens=self.tokens,
+            step_tokens=step_tokens,
+            nominal_step_tokens=self.nominal_step_tokens,
+        )
         for _ in range(self.engine.accumulation):
             batch = next(packs)
             began = time.perf_counter()
@@ -136,7 +146,7 @@ class Trainer:
             self.statistics.compute_s += time.perf_counter() - began
             self.statistics.wait_s += batch.data_wait_s
             self.engine.backward(loss)
-            self.engine.step(config.optimizer.lr * factor)
+            self.engine.step(lr)
         self.statistics.end_step(self.engine.finite)
         self.skips.add(self.engine.finite)
         self.ema.update(self.step)
@@ -147,7 +157,7 @@ class Trainer:
         self.since_log.add(planned, self)
         if self.step % config.train.log_every and self.step != config.train.steps:
             return None
-        return self.log_line(config.optimizer.lr * factor)
+        return self.log_line(lr)
 
     def pack_loss(self, batch: PackedBatch, total: int) -> torch.Tensor:
         """This pack's share of the step's loss: its squared velocity error over the tokens, or images, of the step."""

@@ -14,7 +14,7 @@ from nitscale.models import presets
 from nitscale.models.reference import save_reference
 from nitscale.models.transformer import PackedTransformer
 from nitscale.models.weights import read_weights, write_weights
-from nitscale.train.exchange import export_checkpoint, import_checkpoint
+from nitscale.train.exchange import consolidate_checkpoint, export_checkpoint, import_checkpoint
 
 
 @pytest.fixture
@@ -77,3 +77,20 @@ def test_sampling_needs_the_checkpoint_and_its_autoencoder_alone(
     assert load_trained(tmp_path / "imported").codec.channels == 32
     about = json.loads((tmp_path / "imported" / "model.json").read_text())
     assert about["model"]["rope_order"] == "reference" and len(about["classes"]) == 5
+
+
+def test_a_consolidated_checkpoint_has_the_same_weights_whole(trained_run, tmp_path):
+    run = find_weights(trained_run)
+    for which in (None, "model", "0.9"):
+        out = tmp_path / f"whole-{which}"
+        assert "step 8 of" in consolidate_checkpoint(trained_run, out, which)
+        whole = find_weights(out)
+        whole.verify()
+        assert whole.model() == run.model() and whole.step == 8
+        expected = run.weights(which)
+        assert whole.weights().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.weights().items())
+    with pytest.raises(UserError, match="averaged weights only, not 'model'"):
+        find_weights(tmp_path / "whole-None").weights("model")
+    with pytest.raises(UserError, match="already exists"):
+        consolidate_checkpoint(trained_run, tmp_path / "whole-None")
