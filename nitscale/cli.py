@@ -169,6 +169,9 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration, and stop.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace steps into the run folder: 10:13 are the steps 10, 11 and 12.")
+    ] = None,
 ) -> None:
     """Train a model, or go on with the run in its folder. Works alone and under torchrun."""
     from nitscale.config import load_config, to_yaml
@@ -182,10 +185,12 @@ def train(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from nitscale.train.loop import run_training
     from nitscale.train.process import leave_process, start_process
+    from nitscale.train.profiling import parse_profile
 
+    steps = None if profile is None else parse_profile(profile)
     process = start_process()
     with resumable():
-        complete = run_training(run, process)
+        complete = run_training(run, process, steps)
     if process.is_main:
         what = "complete" if complete else "stopped; the same command goes on from here"
         print(f"train: {run.run} is {what}", flush=True)

@@ -6,6 +6,7 @@ cu_seqlens[i]:cu_seqlens[i+1]; these tokens are a segment and attend only to one
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -75,6 +76,29 @@ class PackLayout:
 
 
 @dataclass(frozen=True)
+class PackedImages:
+    """The pixels of a pack's images, in one piece of memory, because every tensor that leaves a loader process costs
+    time."""
+
+    pixels: Tensor
+    """(3 x pixels of all images,) uint8: RGB, image after image, each (height, width, 3); mirrored where the latent is,
+    black where it could not be read."""
+    sizes: tuple[tuple[int, int], ...]
+    """(height, width) of each image in pixels, on the host."""
+
+    def split(self) -> list[Tensor]:
+        """Each image, (3, height, width) uint8: views."""
+        parts = self.pixels.split([3 * height * width for height, width in self.sizes])
+        return [part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedImages":
+        return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedImages":
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One pack of a step, as the loader hands it to the trainer: one micro-batch of one data-parallel rank."""
 
@@ -96,17 +120,26 @@ class PackedBatch:
     """Seconds that the trainer waited for this pack."""
     unreadable: tuple[tuple[int, str], ...] = ()
     """(sample id, reason) of each image that could not be read; its tokens are zero and its weight is 0."""
+    images: PackedImages | None = None
+    """The pixels that the latents are of, if the loader was asked for them."""
+    features: Tensor | None = None
+    """(N, Z) float16: an encoder's features of each token, if the loader was asked for those of the dataset."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("tokens", "labels", "weights")
-        }
-        return replace(self, layout=self.layout.to(device, non_blocking), **moved)
+        return replace(
+            self,
+            layout=self.layout.to(device, non_blocking),
+            **{name: value.to(device, non_blocking=non_blocking) for name, value in self._arrays().items()},
+        )
 
     def pin_memory(self) -> "PackedBatch":
         """The same pack in page-locked memory, from which copies to a GPU do not block. Called by the loader."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "weights")}
+        pinned = {name: value.pin_memory() for name, value in self._arrays().items()}
         return replace(self, layout=self.layout.pin_memory(), **pinned)
+
+    def _arrays(self) -> dict[str, Any]:
+        names = ("tokens", "labels", "weights", "images", "features")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def patchify(latent: Tensor, patch_size: int = 1) -> Tensor:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nitscale.data.index import LatentKind, index_bytes, index_tar, read_arrays
 from nitscale.data.manifest import MANIFEST, Manifest
+from nitscale.data.shards import EXTRA_MEMBERS
 from nitscale.data.storage import RangedFile, Storage, open_storage
 from nitscale.data.tars import DamagedTar, scan
 from nitscale.errors import UserError
@@ -78,7 +79,8 @@ def latent_suffix(storage: Storage, name: str, wanted: str | None) -> str:
                 break
     except DamagedTar as error:
         raise UserError(f"index: {storage.prefix}/{name} is damaged: {error}; copy it again") from error
-    found = [suffix for suffix in suffixes if suffix.endswith((".npy", ".safetensors"))]
+    arrays = [suffix for suffix in suffixes if suffix.endswith((".npy", ".safetensors"))]
+    found = [suffix for suffix in arrays if suffix not in EXTRA_MEMBERS.values()]
     if len(found) == 1:
         return found[0]
     members = ", ".join(suffixes) or "none"
@@ -162,7 +164,7 @@ def build(
         arrays = read_arrays(data, ("rows", "columns", "label"))
         grids.update(zip(arrays["rows"].tolist(), arrays["columns"].tolist(), strict=True))
         most = max(most, int(arrays["label"].max()))
-        members.append({member for member in ("image", "text") if f"{member}_offset.npy".encode() in data})
+        members.append({member for member in EXTRA_MEMBERS if f"{member}_offset.npy".encode() in data})
     if classes is not None and most >= len(classes):
         raise UserError(f"index: there is a label {most}, but {len(classes)} classes; mend the list of classes")
     return Manifest(

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from nitscale.data.shards import EXTRA_MEMBERS, LATENT_SUFFIXES, LatentRef, UnreadableSample, latent_header
+from nitscale.data.shards import (
+    EXTRA_MEMBERS,
+    LATENT_SUFFIXES,
+    LatentRef,
+    MemberRef,
+    UnreadableSample,
+    latent_header,
+)
 from nitscale.data.storage import Storage
 from nitscale.data.tars import DamagedTar, Member, read_at, scan
 from nitscale.errors import UserError
@@ -32,8 +39,9 @@ COLUMNS = {
     "crc32c": np.uint32,
 }
 """Arrays of an index file beside `keys` (bytes, UTF-8); one entry a sample. Offset is the first byte of the latent's
-numbers, rows and columns are the latent's, and crc32c is (n, v), one for each variant. The optional members "image" and
-"text" have three more each: MEMBER_offset, MEMBER_length, MEMBER_crc32c."""
+numbers, rows and columns are the latent's, and crc32c is (n, v), one for each variant. Optional members have three
+more each: MEMBER_offset, MEMBER_length, MEMBER_crc32c. "features" have variants as latents have: offset is that of the
+first number, length that of one variant, and crc32c is (n, v)."""
 LARGEST_TEXT = 1 << 20
 """Bytes of a sample's .json or .cls."""
 READERS = 16
@@ -94,12 +102,22 @@ def index_tar(
                     if member.size > LARGEST_TEXT:
                         raise ValueError(f"it has {member.size:,} bytes")
                     texts.setdefault(key, {})[suffix] = read_at(file, member.offset, member.size)
+                elif suffix == EXTRA_MEMBERS["features"]:
+                    payload = read_at(file, member.offset, member.size)
+                    dtype, shape, start = latent_header(suffix, payload)
+                    if dtype != "float16" or len(shape) != 3:
+                        raise ValueError(f"features are float16 (v, tokens, Z), not {dtype} {list(shape)}")
+                    variants = np.frombuffer(payload, np.uint8, offset=start).reshape(shape[0], -1)
+                    sample |= {"features_offset": member.offset + start, "features_length": variants.shape[1]}
+                    sample |= {"features_crc32c": [google_crc32c.value(variant.tobytes()) for variant in variants]}
                 elif name := next((name for name, extra in EXTRA_MEMBERS.items() if extra == suffix), None):
                     sample |= {f"{name}_offset": member.offset, f"{name}_length": member.size}
                     sample |= {f"{name}_crc32c": google_crc32c.value(read_at(file, member.offset, member.size))}
             samples = {key: sample for key, sample in samples.items() if "offset" in sample}
             for key, sample in samples.items():
                 member = Member(key, 0, 0)  # for the message
+                if len(sample.get("features_crc32c", sample["crc32c"])) != len(sample["crc32c"]):
+                    raise ValueError("features and latent do not have the same variants")
                 sample["label"], sample["rendition"] = describe(texts.get(key, {}))
         except DamagedTar as error:
             raise ValueError(f"index: {path.name} is damaged: {error}") from error
@@ -184,11 +202,26 @@ class DatasetIndex:
         rows = zip(*(column.tolist() for column in columns), self.crc32c[sample_ids].tolist(), strict=True)
         return [LatentRef(self.shards[shard], at, (h, w), tuple(crc32c)) for shard, at, h, w, crc32c in rows]
 
+    def member_refs(self, member: str, sample_ids: np.ndarray, flips: np.ndarray) -> list[MemberRef]:
+        """Where an optional member of the samples lies; of "features" the variant that `flips` (bool) says."""
+        offset, length, crc32c = (self.extra[f"{member}_{name}"][sample_ids] for name in ("offset", "length", "crc32c"))
+        if crc32c.ndim == 2:
+            offset, crc32c = offset + flips * length, crc32c[np.arange(len(flips)), flips.astype(np.int64)]
+        columns = (self.shard_of(sample_ids), offset, length, crc32c)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [MemberRef(self.shards[shard], *where) for shard, *where in rows]
+
     def key(self, sample_id: int) -> str:
-        """The sample's key, read from its shard's index when asked: keys are most of an index's bytes."""
-        shard = self.shard_of(sample_id)
-        keys = read_arrays(self._storage.read(self._index_names[shard]), ["keys"])["keys"]
-        return bytes(keys[sample_id - int(self.shard_starts[shard])]).decode()
+        """The sample's key."""
+        return self.keys(np.array([sample_id]))[0]
+
+    def keys(self, sample_ids: np.ndarray) -> list[str]:
+        """The samples' keys, read from their shards' indices when asked: keys are most of an index's bytes."""
+        shards, found = self.shard_of(sample_ids), np.empty(len(sample_ids), object)
+        for shard in np.unique(shards):
+            keys = read_arrays(self._storage.read(self._index_names[shard]), ["keys"])["keys"]
+            found[shards == shard] = keys[sample_ids[shards == shard] - self.shard_starts[shard]]
+        return [bytes(key).decode() for key in found]
 
 
 def load_index(
@@ -247,7 +280,8 @@ def _contradiction(
 ) -> str | None:
     """What is wrong with an index: a lying one must not make a reader go out of bounds or take unbounded memory."""
     for name, column in part.items():
-        shape = (shard["samples"], variants) if name == "crc32c" else (shard["samples"],)
+        of_variants = name in ("crc32c", "features_crc32c")
+        shape = (shard["samples"], variants) if of_variants else (shard["samples"],)
         kind = COLUMNS.get(name) or extra_columns(EXTRA_MEMBERS)[name]
         if column.shape != shape or column.dtype != kind:
             return f"does not have {shard['samples']} entries of the known types"
@@ -262,7 +296,8 @@ def _contradiction(
     behind = (part["rows"].astype(np.int64) * part["columns"] > room).any()
     for name in starts[1:]:
         length = part[name.replace("offset", "length")]
-        behind |= (length < 0).any() or (part[name] > shard["bytes"] - length).any()
+        copies = variants if name == "features_offset" else 1
+        behind |= (length < 0).any() or ((shard["bytes"] - part[name]) // copies < length).any()
     if behind:
         return "points behind the end of its shard"
     if part["label"].min() < 0 or part["label"].max() >= num_classes:

@@ -48,7 +48,7 @@ class Manifest:
     latent_suffixes: list[str] = field(default_factory=lambda: list(LATENT_SUFFIXES))
     """Of the members that are latents; others in tars that someone else wrote."""
     members: list[str] = field(default_factory=list)
-    """Optional members that every sample has: "image", "text"."""
+    """Optional members that every sample has: "image", "text", "features"."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -26,7 +26,7 @@ from nitscale.data.storage import Storage
 LATENT_SUFFIXES = (".latent.npy", ".latent.safetensors")
 LATENT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """What latents may be stored as, by the name in the manifest."""
-EXTRA_MEMBERS = {"image": ".jpg", "text": ".txt"}
+EXTRA_MEMBERS = {"image": ".jpg", "text": ".txt", "features": ".features.npy"}
 """Optional members of a sample, by the name in the manifest, and their suffix."""
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -49,6 +49,17 @@ class LatentRef:
     """Of the bytes of each variant: the image, its mirror image."""
 
 
+@dataclass(frozen=True)
+class MemberRef:
+    """Where an optional member of a sample lies, or one variant of it."""
+
+    shard: str
+    offset: int
+    length: int
+    """Bytes."""
+    crc32c: int
+
+
 class ShardWriter:
     """Writes samples to an open file as a tar, the same bytes for the same samples on every machine and at any time."""
 
@@ -62,9 +73,16 @@ class ShardWriter:
         self._tar.close()
 
     def add(
-        self, key: str, latents: Tensor, metadata: dict[str, Any], image: bytes | None = None, text: str | None = None
+        self,
+        key: str,
+        latents: Tensor,
+        metadata: dict[str, Any],
+        image: bytes | None = None,
+        text: str | None = None,
+        features: Tensor | None = None,
     ) -> None:
-        """Append one sample: `latents` (v, c, h, w), original and mirrored or the original alone; `metadata` JSON.
+        """Append one sample: `latents` (v, c, h, w), original and mirrored or the original alone; `metadata` JSON;
+        `features` (v, tokens, Z) float16, an encoder's of each variant.
 
         ValueError for another dtype or shape, or a key with a dot in its last part, which WebDataset would cut.
         """
@@ -78,6 +96,13 @@ class ShardWriter:
             members["jpg"] = image
         if text is not None:
             members["txt"] = text.encode()
+        if features is not None:
+            if features.dtype != torch.float16 or features.ndim != 3 or len(features) != len(latents):
+                raise ValueError(
+                    f"shards: expected ({len(latents)}, tokens, Z) float16 features, got {features.dtype} "
+                    f"{tuple(features.shape)}"
+                )
+            members["features.npy"] = npy_payload(features)
         self._tar.write({"__key__": key} | members)
 
 
@@ -96,13 +121,17 @@ def read_latent_bytes(storage: Storage, ref: LatentRef, bytes_per_cell: int, fli
     UnreadableSample if the shard is missing or cut, or the checksum differs.
     """
     length = ref.grid[0] * ref.grid[1] * bytes_per_cell
-    offset = ref.offset + flipped * length
+    return read_member(storage, MemberRef(ref.shard, ref.offset + flipped * length, length, ref.crc32c[flipped]))
+
+
+def read_member(storage: Storage, ref: MemberRef) -> bytes:
+    """The bytes of a member. UnreadableSample if the shard is missing or cut, or the checksum differs."""
     try:
-        data = storage.read_range(ref.shard, offset, length)
+        data = storage.read_range(ref.shard, ref.offset, ref.length)
     except OSError as error:
         raise UnreadableSample(f"{ref.shard}: {error.strerror or error}") from error
-    if google_crc32c.value(data) != ref.crc32c[flipped]:
-        raise UnreadableSample(f"{ref.shard}: the checksum of {length} bytes at {offset} differs")
+    if google_crc32c.value(data) != ref.crc32c:
+        raise UnreadableSample(f"{ref.shard}: the checksum of {ref.length} bytes at {ref.offset} differs")
     return data
 
 
@@ -111,9 +140,14 @@ def latent_payload(latents: Tensor) -> tuple[str, bytes]:
     latents = latents.detach().cpu().contiguous()
     if latents.dtype == torch.bfloat16:
         return ".latent.safetensors", safetensors.torch.save({"latent": latents})
+    return ".latent.npy", npy_payload(latents)
+
+
+def npy_payload(tensor: Tensor) -> bytes:
+    """Contents of a .npy 1.0 file."""
     payload = io.BytesIO()
-    np.lib.format.write_array(payload, latents.numpy(), version=(1, 0), allow_pickle=False)
-    return ".latent.npy", payload.getvalue()
+    np.lib.format.write_array(payload, tensor.detach().cpu().contiguous().numpy(), version=(1, 0), allow_pickle=False)
+    return payload.getvalue()
 
 
 def latent_header(suffix: str, payload: bytes) -> tuple[str, tuple[int, ...], int]:

@@ -18,8 +18,9 @@ from nitscale.demo.classifier import classify
 from nitscale.demo.shapes import CLASSES
 from nitscale.evaluate.frechet import frechet_distance, latent_features
 from nitscale.evaluate.job import dataset_latents, read_image
+from nitscale.flow.sampling import SamplerConfig, SampleRequest
 from nitscale.generate.load import TrainedModel
-from nitscale.generate.sample import SamplerConfig, SampleRequest, sample_images
+from nitscale.generate.sample import sample_images
 from nitscale.layout import Grid
 from nitscale.randomness import torch_generator
 

@@ -31,7 +31,7 @@ from nitscale.errors import UserError
 from nitscale.files import atomic_write, exclusive_lock
 from nitscale.generate.load import load_trained
 from nitscale.train.config import RunConfig
-from nitscale.train.metrics import machine, versions
+from nitscale.train.environment import machine, versions
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 TRAINED_SIDES = (64, 191)

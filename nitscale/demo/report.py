@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from nitscale.demo.judge import GROUP_TITLES, Judgement
 from nitscale.files import atomic_write
-from nitscale.generate.pictures import Row, contact_sheet, save_png
+from nitscale.pictures import Row, contact_sheet, save_png
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from nitscale.errors import UserError
+from nitscale.flow.sampling import SamplerConfig, SampleRequest
 from nitscale.generate.load import load_trained
-from nitscale.generate.pictures import Row, contact_sheet, save_png
-from nitscale.generate.sample import SamplerConfig, SampleRequest, sample_images
+from nitscale.generate.sample import sample_images
 from nitscale.layout import Grid
+from nitscale.pictures import Row, contact_sheet, save_png
 
 
 def sample_to_folder(

@@ -9,6 +9,7 @@ presets are in presets.py, and published weights are read and written by referen
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,8 @@ class PackedTransformer(nn.Module):
             self.projector = Projector(width, config.projector_width, config.feature_width)
         self.block_calls: list[Callable[..., Tensor]] = list(self.blocks)
         """What is called for each block: the block, or something around it that recomputes or compiles it."""
+        self.sequence: SequenceSplit | None = None
+        """How tokens are spread over ranks between the linears of the blocks; None: every rank has all."""
         if seed is not None and not self.patch_embedding.weight.is_meta:
             self.initialize(seed)
 
@@ -234,10 +237,16 @@ class PackedTransformer(nn.Module):
         activated = F.silu(condition)
         shared = None if self.global_adaln is None else self.global_adaln(activated)
         features = None
+        tokens_here = layout
+        if self.sequence is not None:
+            x, tokens_here = self.sequence.split(x, layout)
         for index, call in enumerate(self.block_calls):
-            x = call(x, condition, activated, shared, cos, sin, layout)
+            x = call(x, condition, activated, shared, cos, sin, layout, tokens_here)
             if return_features and index + 1 == config.feature_block:
-                features = x if self.projector is None else self.projector(x)
+                whole = x if self.sequence is None else self.sequence.join(x, layout)
+                features = whole if self.projector is None else self.projector(whole)
+        if self.sequence is not None:
+            x = self.sequence.join(x, layout)
         output = self.final_layer(x, condition, activated, layout)
 
         if order is not None:
@@ -290,6 +299,16 @@ class PackedTransformer(nn.Module):
                 parameter.copy_(shard.of(whole))
 
 
+class SequenceSplit(Protocol):
+    """Sequence parallelism, see `nitscale.models.parallel`."""
+
+    def split(self, x: Tensor, layout: PackLayout) -> tuple[Tensor, PackLayout]:
+        """(N, D) → this rank's part of the tokens, and their layout, in which images may have no tokens."""
+
+    def join(self, x: Tensor, layout: PackLayout) -> Tensor:
+        """The inverse: (N, D) of the whole pack."""
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised and modulated before and gated after by the image's condition."""
 
@@ -310,15 +329,17 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         layout: PackLayout,
+        tokens_here: PackLayout,
     ) -> Tensor:
+        """`layout` is the pack's, `tokens_here` that of the tokens in x: under sequence parallelism a part of them."""
         modulation = self.adaln(condition, activated)
         if shared is not None:
             modulation = modulation + shared
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        branch = self.attention(modulate(self.norm1(x), shift1, scale1, layout), cos, sin, layout)
-        x = gated_add(x, branch, gate1, layout)
-        branch = self.mlp(modulate(self.norm2(x), shift2, scale2, layout))
-        return gated_add(x, branch, gate2, layout)
+        branch = self.attention(modulate(self.norm1(x), shift1, scale1, tokens_here), cos, sin, layout)
+        x = gated_add(x, branch, gate1, tokens_here)
+        branch = self.mlp(modulate(self.norm2(x), shift2, scale2, tokens_here))
+        return gated_add(x, branch, gate2, tokens_here)
 
 
 class Attention(nn.Module):
@@ -337,7 +358,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackLayout) -> Tensor:
         # -1 and not the number of heads: a tensor-parallel rank holds some of them.
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
+        # [:N]: sequence parallelism rounds the number of tokens up to a multiple of its ranks.
+        q, k, v = self.qkv(x)[: layout.num_tokens].unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
         q = apply_rope(self.q_norm(q), cos, sin).to(v.dtype)
         k = apply_rope(self.k_norm(k), cos, sin).to(v.dtype)
         if self.rotates_values:

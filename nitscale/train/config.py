@@ -14,7 +14,9 @@ from nitscale.data.plan import PlanConfig
 from nitscale.models.transformer import ModelConfig
 from nitscale.train.ema import EMAConfig
 from nitscale.train.engine import EngineConfig, OptimizerConfig
+from nitscale.train.preview import PreviewConfig
 from nitscale.train.schedule import ScheduleConfig
+from nitscale.train.validation import ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,5 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -84,6 +84,8 @@ class EngineConfig:
     gradients too, 3 the weights too."""
     tensor_parallel: int = 1
     """Ranks over which every linear is spread; divides the heads and the hidden features. Keep it within a node."""
+    sequence_parallel: bool = False
+    """Spread the tokens between the linears over the tensor ranks, too: less memory, the same communication."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; with bf16 the master weights stay fp32."""
     matmul: Literal["highest", "high", "medium"] = "highest"
@@ -102,6 +104,8 @@ class EngineConfig:
             raise ValueError("zero_stage=0 keeps no fp32 master weights for bf16; use zero_stage=1")
         if self.tensor_parallel < 1 or self.recompute_every < 1:
             raise ValueError("tensor_parallel and recompute_every must be at least 1")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel=true has no effect with tensor_parallel=1")
         if self.recompute == "none" and self.recompute_every != 1:
             raise ValueError(f"recompute_every={self.recompute_every} has no effect with recompute=none")
 
@@ -131,7 +135,7 @@ def build_engine(
     if process.tensor_size > 1:
         from nitscale.models.parallel import parallelize  # Megatron-core takes a second to import
 
-        parallelize(transformer, process.tensor_group)
+        parallelize(transformer, process.tensor_group, config.sequence_parallel)
     transformer.initialize(seed, process.tensor_group)
     transformer.to(process.device)
     recompute_blocks(transformer, config.recompute, config.recompute_every, process.tensor_size > 1)

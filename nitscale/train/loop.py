@@ -20,6 +20,7 @@ from nitscale.checkpoints import Checkpoint
 from nitscale.config import to_yaml
 from nitscale.data.digest import chain_digest
 from nitscale.data.loader import PackLoader
+from nitscale.data.manifest import load_dataset
 from nitscale.data.plan import Pack, Plan, PlanState
 from nitscale.errors import UserError
 from nitscale.files import atomic_write, disk_errors, exclusive_lock
@@ -33,10 +34,14 @@ from nitscale.train.checkpoint import Checkpointer
 from nitscale.train.config import RunConfig
 from nitscale.train.ema import EMA
 from nitscale.train.engine import build_engine
-from nitscale.train.metrics import MetricsWriter, StepStatistics, machine, memory_gib, peak_flops, versions
+from nitscale.train.environment import write_environment
+from nitscale.train.metrics import MetricsWriter, StepStatistics, memory_gib, peak_flops
+from nitscale.train.preview import Previewer
 from nitscale.train.process import Process
+from nitscale.train.profiling import Profiler, out_of_memory_report
 from nitscale.train.schedule import check_schedule, learning_rate
 from nitscale.train.skips import SkippedSteps
+from nitscale.train.validation import Validator
 
 MOST_UNREADABLE = 0.01
 """Share of the images since the last log line above which a run stops because of unreadable ones …"""
@@ -49,7 +54,7 @@ SKIPPED_LIMIT = 10
 class Trainer:
     """One run on one process of it. `train()` goes on from the newest checkpoint of the run folder, if there is one."""
 
-    def __init__(self, config: RunConfig, process: Process) -> None:
+    def __init__(self, config: RunConfig, process: Process, profile: range | None = None) -> None:
         self.config = config
         self.process = process = process.spread(config.engine.tensor_parallel)
         self.run = Path(config.run)
@@ -64,6 +69,22 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.run / "checkpoints", process, config.train.keep_last, config.train.keep_every
         )
+        self.validator = None
+        if config.validation.path is not None:
+            self.validator = Validator(
+                config.validation,
+                load_dataset(config.validation.path),
+                self.dataset.manifest,
+                config.model,
+                process,
+                seed=config.seed,
+                token_budget=config.data.token_budget,
+                weighting=config.flow.weighting,
+            )
+        self.previewer = None
+        if config.preview.every:
+            self.previewer = Previewer(config.preview, self.dataset.manifest, config.model, process, self.run)
+        self.profiler = Profiler(self.run, process, profile)
         self.statistics = StepStatistics(process)
         self.plan_state: PlanState = self.plan.start()
         self.nominal_step_tokens = config.data.packs_per_step * config.data.token_budget
@@ -84,7 +105,7 @@ class Trainer:
         with self.process.together(f"write {self.run}"):
             if self.process.is_main:
                 atomic_write(self.run / "config.yaml", to_yaml(self.config).encode())
-                atomic_write(self.run / "environment.json", json.dumps(machine() | versions(), indent=1).encode())
+        write_environment(self.run, self.process)
         if self.step >= self.config.train.steps:
             return True
         loader = PackLoader(
@@ -102,11 +123,13 @@ class Trainer:
         packs = iter(loader)
         try:
             while self.step < self.config.train.steps and not self.process.any_rank(self.must_stop()):
+                self.profiler.step(self.step)
                 line = self.train_step(packs)
                 metrics.advance()
                 if line is not None:
                     with self.process.together("log"):
                         metrics.write(line)
+                self.observe(metrics)
                 if self.step % self.config.train.checkpoint_every == 0 and not self.skips.now():
                     self.save()
             self.refuse_skipping()
@@ -115,6 +138,7 @@ class Trainer:
             self.checkpointer.wait()
         finally:
             packs.close()
+            self.profiler.close()
             metrics.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -135,18 +159,19 @@ class Trainer:
             step_tokens=step_tokens,
             nominal_step_tokens=self.nominal_step_tokens,
         )
-        for _ in range(self.engine.accumulation):
-            batch = next(packs)
-            began = time.perf_counter()
-            self.note_unreadable(batch)
-            assert batch.step == self.step, f"loader is at step {batch.step}, trainer at {self.step}"
-            total = step_images if config.flow.weighting == "image" else step_tokens
-            loss = self.pack_loss(batch.to(self.process.device, non_blocking=True), total)
-            # The forward alone: the backward ends in a reduction, where all wait for the slowest.
-            self.statistics.compute_s += time.perf_counter() - began
-            self.statistics.wait_s += batch.data_wait_s
-            self.engine.backward(loss)
-            self.engine.step(lr)
+        with out_of_memory_report(self.run, self.process, planned, config.engine):
+            for _ in range(self.engine.accumulation):
+                batch = next(packs)
+                began = time.perf_counter()
+                self.note_unreadable(batch)
+                assert batch.step == self.step, f"loader is at step {batch.step}, trainer at {self.step}"
+                total = step_images if config.flow.weighting == "image" else step_tokens
+                loss = self.pack_loss(batch.to(self.process.device, non_blocking=True), total)
+                # The forward alone: the backward ends in a reduction, where all wait for the slowest.
+                self.statistics.compute_s += time.perf_counter() - began
+                self.statistics.wait_s += batch.data_wait_s
+                self.engine.backward(loss)
+                self.engine.step(lr)
         self.statistics.end_step(self.engine.finite)
         self.skips.add(self.engine.finite)
         self.ema.update(self.step)
@@ -158,6 +183,23 @@ class Trainer:
         if self.step % config.train.log_every and self.step != config.train.steps:
             return None
         return self.log_line(lr)
+
+    def observe(self, metrics: MetricsWriter) -> None:
+        """Validation and preview, where this step has one. All ranks must call it."""
+        config, began = self.config, time.perf_counter()
+        last = self.step == config.train.steps
+        if self.validator is not None and (last or self.step % config.validation.every == 0):
+            losses = self.validator.run(self.engine.forward)
+            line = {"step": self.step, "tokens": self.tokens} | losses
+            with self.process.together("log"):
+                metrics.write(line | {"seconds": time.perf_counter() - began}, "validation")
+        if self.previewer is not None and (last or self.step % config.preview.every == 0):
+            sheet = self.previewer.draw(self.step, self.engine.forward)
+            if sheet is not None:
+                metrics.add_image("preview", sheet, self.step)
+        seconds = time.perf_counter() - began  # are not training's
+        self.since_log.began += seconds
+        self.statistics.began += seconds
 
     def pack_loss(self, batch: PackedBatch, total: int) -> torch.Tensor:
         """This pack's share of the step's loss: its squared velocity error over the tokens, or images, of the step."""
@@ -340,11 +382,11 @@ def check_model_fits_data(config: RunConfig, manifest: Any) -> None:
         )
 
 
-def run_training(config: RunConfig, process: Process) -> bool:
+def run_training(config: RunConfig, process: Process, profile: range | None = None) -> bool:
     """Train `config` in its run folder, which one training at a time may use. True if the run is complete."""
     run = Path(config.run)
     with ExitStack() as stack:
         with process.together(f"lock {run}"):
             if process.is_main:
                 stack.enter_context(exclusive_lock(run / ".lock", f"training in {run}"))
-        return Trainer(config, process).train()
+        return Trainer(config, process, profile).train()

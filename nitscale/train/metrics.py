@@ -3,18 +3,18 @@
 Sums are kept on the device and read once every `log_every` steps; ranks are added up then.
 """
 
-import importlib.metadata
 import json
-import os
-import platform
+import math
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -24,6 +24,8 @@ from nitscale.layout import PackLayout
 from nitscale.train.process import Process
 
 QUARTILES = 4
+FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
+"""Where the lines of each kind are written, in the run folder."""
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 """Dense bf16 peak of known GPUs, from NVIDIA's data sheets."""
 
@@ -91,14 +93,17 @@ class StepStatistics:
 
 
 class MetricsWriter:
-    """Rank 0's outputs: `metrics.jsonl`, TensorBoard, and the bar. Nothing on other ranks."""
+    """Rank 0's outputs: a file of JSON lines for each kind in FILES, TensorBoard, and the bar. Nothing on other
+    ranks."""
 
     def __init__(self, run: Path, process: Process, start_step: int, steps: int) -> None:
         self.active = process.is_main
         if not self.active:
             return
-        self.path = run / "metrics.jsonl"
-        truncate_after(self.path, start_step)
+        self.run = run
+        self.files = {kind: run / name for kind, name in FILES.items()}
+        for path in self.files.values():
+            truncate_after(path, start_step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         seconds = 1.0 if sys.stderr.isatty() else 30.0  # between two lines of a log file
         self.bar = tqdm(total=steps, initial=start_step, desc="train", unit="step", mininterval=seconds, smoothing=0.1)
@@ -107,22 +112,37 @@ class MetricsWriter:
         if self.active:
             self.bar.update()
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any], kind: str = "train") -> None:
+        """One line of a kind in FILES, and its numbers in TensorBoard; `line` has the step. UserError if the disk
+        refuses it."""
         if not self.active:
             return
-        with disk_errors(self.path):
-            with self.path.open("a") as file:
+        line = {name: value if is_finite(value) else None for name, value in line.items()}
+        with disk_errors(self.files[kind]):
+            with self.files[kind].open("a") as file:
                 file.write(json.dumps(line) + "\n")
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(f"train/{name}", value, line["step"])
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+                    self.board.add_scalar(f"{kind}/{name}", value, line["step"])
+        if kind == "train":
+            loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+            self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+
+    def add_image(self, name: str, picture: Image, step: int) -> None:
+        """A picture of `step` in TensorBoard."""
+        if self.active:
+            with disk_errors(self.run / "tensorboard"):
+                self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         if self.active:
             self.bar.close()
             self.board.close()
+
+
+def is_finite(value: Any) -> bool:
+    """False for a number that JSON does not have: inf or NaN."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -153,29 +173,3 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def machine() -> dict[str, Any]:
-    """The machine that a figure belongs to, and when."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": gpu,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of nitscale and of the packages that a figure depends on."""
-    return {name: importlib.metadata.version(name) for name in ("nitscale", "torch", "deepspeed", "numpy")}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

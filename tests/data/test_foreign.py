@@ -100,6 +100,21 @@ def test_members_that_every_sample_has_are_in_the_index(tmp_path):
     assert dataset.storage.read_range("a.tar", start, length) == b"text 2"
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((2, 6, 5), np.float32, r"a0\.features\.npy: .*float16 \(v, tokens, Z\), not float32"),
+        ((6, 5), np.float16, r"not float16 \[6, 5\]"),
+        ((1, 6, 5), np.float16, "a0: .*do not have the same variants"),
+    ],
+)
+def test_features_of_another_kind_are_refused(tmp_path, shape, dtype, reason):
+    sample = {"npy": npy(latent(0, (2, 4, 2, 3))), "features.npy": npy(np.zeros(shape, dtype)), "cls": b"0"}
+    write_tar(tmp_path / "a.tar", [sample])
+    with pytest.raises(UserError, match=reason):
+        index(tmp_path)
+
+
 def test_a_second_run_reads_only_what_is_new(tmp_path, monkeypatch):
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", [{"npy": npy(latent(0)), "cls": b"1"}])

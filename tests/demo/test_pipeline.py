@@ -16,7 +16,7 @@ from nitscale.demo import judge, pipeline
 from nitscale.demo.pipeline import DemoConfig, run_demo
 from nitscale.demo.ranks import run_ranks
 from nitscale.errors import UserError
-from nitscale.generate.sample import SamplerConfig
+from nitscale.flow.sampling import SamplerConfig
 
 SMALL = {
     "pipeline.PICTURES": 48,
@@ -34,7 +34,7 @@ SCRIPT = """
 import sys
 from nitscale.cli import main
 from nitscale.demo import judge, pipeline
-from nitscale.generate.sample import SamplerConfig
+from nitscale.flow.sampling import SamplerConfig
 {settings}
 sys.argv[1:] = ["demo", "--out", {folder!r}]
 main()

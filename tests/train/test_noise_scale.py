@@ -135,9 +135,8 @@ def test_a_hook_sees_whole_gradients_under_every_zero_stage() -> None:
     model = ModelConfig(in_channels=4, patch_size=1, depth=1, width=16, heads=2, num_classes=4)
     sizes, found = (12, 30, 20), []
     for stage in (0, 1, 2, 3):
-        engine = build_engine(
-            model, 0, OptimizerConfig(), EngineConfig(zero_stage=stage), process, accumulation=len(sizes)
-        )  # type: ignore[arg-type]
+        config = EngineConfig(zero_stage=stage)  # type: ignore[arg-type]
+        engine = build_engine(model, 0, OptimizerConfig(), config, process, accumulation=len(sizes))
         noise = NoiseScale(engine.module.parameters(), process, gradient_scale=process.data_size)
         generator = torch.Generator().manual_seed(0)
         for size in sizes:
