@@ -32,7 +32,7 @@ def main() -> None:
     except UserError as error:
         if os.environ.get("NITSCALE_DEBUG"):
             traceback.print_exc()
-        fail(f"error: {error}", 1)
+        fail(f"error: {error}", getattr(error, "exit_code", 1))
     except Exception:
         traceback.print_exc()
         fail("", 1)
@@ -173,28 +173,33 @@ def train(
         str | None, typer.Option(help="Trace steps into the run folder: 10:13 are the steps 10, 11 and 12.")
     ] = None,
 ) -> None:
-    """Train a model, or go on with the run in its folder. Works alone and under torchrun."""
-    from nitscale.config import load_config, to_yaml
-    from nitscale.train.config import RunConfig
+    """Train a model, or go on with the run in its folder. Works alone and under torchrun.
 
-    run = load_config(RunConfig, config, overrides or [])
-    if print_config:
-        print(to_yaml(run), end="")
-        return
-    if run.engine.tensor_parallel > 1:  # Megatron overlaps communication by the order in which kernels are launched
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from nitscale.train.loop import run_training
-    from nitscale.train.process import leave_process, start_process
-    from nitscale.train.profiling import parse_profile
+    Exit codes: 0 complete, 75 stopped by a signal, 76 hung, 77 gradients not finite, 1 another error."""
+    from nitscale.train.faults import ExitCode, StopSignals, Watchdog
 
-    steps = None if profile is None else parse_profile(profile)
-    process = start_process()
-    with resumable():
-        complete = run_training(run, process, steps)
-    if process.is_main:
-        what = "complete" if complete else "stopped; the same command goes on from here"
-        print(f"train: {run.run} is {what}", flush=True)
-    leave_process()
+    with StopSignals() as signals:  # before torch is imported, which takes seconds
+        from nitscale.config import load_config, to_yaml
+        from nitscale.train.config import RunConfig
+
+        run = load_config(RunConfig, config, overrides or [])
+        if print_config:
+            print(to_yaml(run), end="")
+            return
+        if run.engine.tensor_parallel > 1:  # Megatron overlaps communication by the order in which kernels are launched
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        from nitscale.train.loop import run_training
+        from nitscale.train.process import leave_process, start_process
+        from nitscale.train.profiling import parse_profile
+
+        steps = None if profile is None else parse_profile(profile)
+        process = start_process()
+        with Watchdog(run.faults, process, Path(run.run)) as watchdog, resumable():
+            complete = run_training(run, process, signals, watchdog, steps)
+        if process.is_main:
+            what = "complete" if complete else f"stopped by {signals.name}; the same command goes on from here"
+            print(f"train: {run.run} is {what}", flush=True)
+        leave_process(ExitCode.COMPLETE if complete else ExitCode.STOPPED)
 
 
 @app.command(epilog="Example: nitscale sample runs/demo/train --size 64x96 --size 144x96 --class 0,3 --seeds 0-7")

@@ -128,12 +128,15 @@ class Checkpointer:
                 self.retire(step)
         return time.perf_counter() - began
 
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of the run, the same on all ranks, each of which checks its share of the files;
-        None if the run has none, UserError if it has some but none is whole. All ranks must call it."""
+    def latest(self, before: int | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint of the run, or of the steps `before` one, the same on all ranks, each of which
+        checks its share of the files; None if the run has none, UserError if it has some but none is whole. All ranks
+        must call it."""
         names = self.process.decide(lambda: [checkpoint.folder.name for checkpoint in reversed(published(self.folder))])
         for name in names:
             checkpoint = Checkpoint(self.folder / name)
+            if before is not None and step_of(name) >= before:
+                continue
             damage = None
             try:
                 checkpoint.verify(share=(self.process.rank, self.process.world_size))
@@ -142,7 +145,7 @@ class Checkpointer:
                 print(f"{error}; the one before is tried", flush=True)
             if not self.process.any_rank(damage is not None):
                 return checkpoint
-        if names:
+        if names and before is None:
             raise none_whole(self.folder, len(names))
         return None
 
@@ -180,7 +183,7 @@ class Checkpointer:
         that resume passed over: they stay, and are replaced when their step comes again."""
         older = [checkpoint for checkpoint in published(self.folder) if checkpoint.folder.name <= f"step-{step:08d}"]
         for checkpoint in older[: -self.keep_last]:
-            if self.keep_every and int(checkpoint.folder.name.removeprefix("step-")) % self.keep_every == 0:
+            if self.keep_every and step_of(checkpoint.folder.name) % self.keep_every == 0:
                 continue
             os.rename(checkpoint.folder, self.folder / f".trash-{checkpoint.folder.name}")
         self.remove_leftovers()
@@ -190,3 +193,8 @@ class Checkpointer:
         for pattern in (".staging-*", ".trash-*"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(name.removeprefix("step-"))

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nitscale.data.manifest import Dataset, load_dataset
+from nitscale.data.manifest import Dataset, Manifest, load_dataset
 from nitscale.data.plan import PlanConfig
+from nitscale.errors import UserError
 from nitscale.models.transformer import ModelConfig
 from nitscale.train.ema import EMAConfig
 from nitscale.train.engine import EngineConfig, OptimizerConfig
+from nitscale.train.faults import FaultsConfig
 from nitscale.train.preview import PreviewConfig
+from nitscale.train.repa import RepaConfig
 from nitscale.train.schedule import ScheduleConfig
 from nitscale.train.validation import ValidationConfig
 
@@ -119,5 +122,21 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+
+def check_model_fits_data(config: RunConfig, manifest: Manifest) -> None:
+    """UserError where the model's channels or classes are not the dataset's."""
+    if config.model.in_channels != manifest.channels:
+        raise UserError(
+            f"train: model.in_channels={config.model.in_channels}, but the latents of {config.data.path} have "
+            f"{manifest.channels} channels; set model.in_channels={manifest.channels}"
+        )
+    if config.model.num_classes < len(manifest.classes):
+        raise UserError(
+            f"train: model.num_classes={config.model.num_classes}, but {config.data.path} has {len(manifest.classes)} "
+            f"classes; set model.num_classes={len(manifest.classes)}"
+        )

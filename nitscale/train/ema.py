@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nitscale.train.averages import decay_at, make_profiles
 from nitscale.train.engine import Engine
 
 
@@ -16,12 +17,16 @@ from nitscale.train.engine import Engine
 class EMAConfig:
     decays: tuple[float, ...] = (0.9999,)
     """Shares of the exponential averages that are kept at each step. Samples are drawn from the first average."""
+    powers: tuple[float, ...] = ()
+    """Relative widths σ_rel of power-function averages (EDM2, arXiv 2312.02696), e.g. 0.05: their memory grows with the
+    run, and averages of other widths can be made of two of them afterwards."""
     ramp: bool = True
     """Begin with min(decay, (1 + step) / (10 + step)), so that a short run is not dominated by the initial weights."""
 
     def __post_init__(self) -> None:
-        if not self.decays or not all(0 <= decay < 1 for decay in self.decays):
-            raise ValueError(f"decays must be numbers in [0, 1), at least one, got {list(self.decays)}")
+        if not (self.decays or self.powers):
+            raise ValueError("decays and powers are both empty; samples are drawn from an average")
+        make_profiles(self.decays, self.powers)  # refuses what is out of range
 
 
 class EMA:
@@ -29,16 +34,17 @@ class EMA:
 
     def __init__(self, engine: Engine, config: EMAConfig) -> None:
         self.engine = engine
-        self.config = config
-        self.averages = {f"{decay:g}": [m.detach().clone() for m in engine.masters()] for decay in config.decays}
+        self.profiles = make_profiles(config.decays, config.powers, config.ramp)
+        self.averages = {p.name: [m.detach().clone() for m in engine.masters()] for p in self.profiles}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (0-based), unless the step left them as they were."""
-        for decay, average in zip(self.config.decays, self.averages.values(), strict=True):
-            kept = min(decay, (1 + step) / (10 + step)) if self.config.ramp else decay
-            taken = (1 - kept) * self.engine.finite.float()  # a tensor, so that the host need not know
-            for mean, master in zip(average, self.engine.masters(), strict=True):
+        for profile in self.profiles:
+            taken = (
+                1 - decay_at(profile, step)
+            ) * self.engine.finite.float()  # a tensor, so that the host need not know
+            for mean, master in zip(self.averages[profile.name], self.engine.masters(), strict=True):
                 mean.lerp_(master.detach(), taken)
 
     def state(self) -> dict[str, list[Tensor]]:

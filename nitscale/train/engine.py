@@ -24,7 +24,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ from nitscale.layout import PackLayout
 from nitscale.models.recompute import compile_blocks, recompute_blocks
 from nitscale.models.transformer import ModelConfig, PackedTransformer
 from nitscale.slices import Fragment, shard_of_parameter
+from nitscale.train.clipping import AdaptiveClipConfig, clip_state, limit_and_update
 from nitscale.train.process import ON_GPU, TIMEOUT, Process
 
 if not ON_GPU:
@@ -46,7 +47,7 @@ with warnings.catch_warnings():
     import deepspeed.ops
     from deepspeed.utils import logger as deepspeed_logger
 
-deepspeed_logger.setLevel(logging.WARNING)
+deepspeed_logger.setLevel(logging.ERROR)  # it warns of every skipped step, and of a subclass of AdamW
 if not ON_GPU:
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once a step.
@@ -65,6 +66,7 @@ class OptimizerConfig:
     """Applied to every parameter, as the published recipes do."""
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    adaptive_clip: AdaptiveClipConfig = field(default_factory=AdaptiveClipConfig)
     fused: Literal["torch", "apex"] = "torch"
     """Whose kernel: torch's, or FusedAdam of NVIDIA's apex, which must be installed."""
 
@@ -161,7 +163,11 @@ class Engine:
         self.optimizer = make_optimizer(optimizer, (p for p in model.parameters() if p.requires_grad))
         self.optimizer.prepare = self._prepare_update
         self.clip = torch.tensor(optimizer.clip or float("inf"), device=process.device)
-        """0-dim: gradients of a larger global norm are scaled down to it. It may be set anew before each step."""
+        self.adaptive_clip = optimizer.adaptive_clip
+        self.clip_state = clip_state(process.device)
+        """(2,): what adaptive clipping knows of earlier steps; the same on all ranks."""
+        self.clip_limit = self.clip
+        """0-dim: the norm to which the gradients of the last step were scaled down, if theirs was larger."""
         self.grad_norm = torch.zeros((), device=process.device)
         """0-dim: global gradient norm of the last step, before clipping; inf or NaN if it is not finite."""
         self.finite = torch.ones((), dtype=torch.bool, device=process.device)
@@ -182,11 +188,9 @@ class Engine:
         deepspeed.init_distributed(
             dist_backend="nccl" if ON_GPU else "gloo", auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT
         )
-        deepspeed_logger.setLevel(logging.ERROR)  # it warns of an "untested optimizer": the subclass
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, mpu=Grid(process), dist_init_required=False
         )
-        deepspeed_logger.setLevel(logging.WARNING)
         self.module: PackedTransformer = self.deepspeed.module
         for master in self.masters():
             self.optimizer.make_state(master)
@@ -225,7 +229,10 @@ class Engine:
             norm = self.deepspeed.optimizer._global_grad_norm
             self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.process.device)
         self.finite = self.grad_norm.isfinite() & (self.grad_norm >= 0)  # DeepSpeed writes -1 for some
-        self.optimizer.divisor = ((self.grad_norm + 1e-6) / self.clip).clamp(min=1.0)
+        self.clip_limit, self.clip_state = limit_and_update(
+            self.clip_state, self.grad_norm, self.adaptive_clip, self.clip
+        )
+        self.optimizer.divisor = ((self.grad_norm + 1e-6) / self.clip_limit).clamp(min=1.0)
         self.optimizer.finite = self.finite
 
     def masters(self) -> list[Tensor]:

@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from nitscale.data.plan import Pack, Plan
 from nitscale.files import atomic_write, disk_errors
 from nitscale.layout import PackLayout
+from nitscale.models.flops import training_flops
+from nitscale.train.config import RunConfig
 from nitscale.train.process import Process
 
 QUARTILES = 4
@@ -37,6 +40,9 @@ class StepStatistics:
         self.process = process
         self.sums = torch.zeros(2 + 2 * QUARTILES, dtype=torch.float64, device=process.device)
         self.step_sums = torch.zeros_like(self.sums)
+        self.extra: dict[str, Tensor] = {}
+        self.step_extra: dict[str, Tensor] = {}
+        self.steps = torch.zeros((), dtype=torch.float64, device=process.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=process.device)
         self.began = time.perf_counter()
         self.compute_s = 0.0
@@ -47,8 +53,13 @@ class StepStatistics:
         """Images of this rank that could not be read."""
 
     @torch.no_grad()
-    def add(self, squared_error: Tensor, weights: Tensor, t: Tensor, layout: PackLayout) -> None:
-        """`squared_error` (N,) of each token; `weights` and `t` (n,) of each image."""
+    def add(
+        self, squared_error: Tensor, weights: Tensor, t: Tensor, layout: PackLayout, shares: dict[str, Tensor]
+    ) -> None:
+        """`squared_error` (N,) of each token; `weights` and `t` (n,) of each image; `shares` of other losses, 0-dim,
+        which over the packs of a step add up to its mean."""
+        for name, share in shares.items():
+            self.step_extra[name] = self.step_extra.get(name, 0) + share.double()
         per_image = torch.zeros(len(t), dtype=torch.float64, device=t.device)
         per_image.index_add_(0, layout.segment_ids, squared_error.detach().double())
         tokens = layout.grids.prod(1) * weights
@@ -63,8 +74,12 @@ class StepStatistics:
     def end_step(self, finite: Tensor) -> None:
         """Take in the packs of a step, unless it left the weights as they were (`finite`, 0-dim bool)."""
         self.sums += torch.where(finite, self.step_sums, 0.0)
+        for name, share in self.step_extra.items():
+            self.extra[name] = self.extra.get(name, 0) + torch.where(finite, share, 0.0)
+        self.steps += finite
         self.skipped += ~finite
         self.step_sums.zero_()
+        self.step_extra.clear()
 
     def reduce(self) -> dict[str, Any]:
         """The sums of all ranks as means, and a fresh start. All ranks must call it."""
@@ -72,8 +87,11 @@ class StepStatistics:
         own = [self.compute_s, self.wait_s / wall_s, float(self.unreadable)]
         times = torch.tensor(own, dtype=torch.float64, device=self.process.device)
         slowest = times.clone()
+        names = sorted(self.extra)
+        extra = torch.stack([self.extra[name] for name in names]) if names else self.sums.new_zeros(0)
         if self.process.world_size > 1:
             dist.all_reduce(self.sums, group=self.process.data_group)
+            dist.all_reduce(extra, group=self.process.data_group)
             dist.all_reduce(times)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         loss, tokens, *rest = self.sums.tolist()
@@ -82,14 +100,56 @@ class StepStatistics:
         for i in range(QUARTILES):
             count = rest[QUARTILES + i]
             line[f"loss_t{i}"] = rest[i] / count if count else None
+        steps = self.steps.item()
+        for name, total in zip(names, extra.tolist(), strict=True):
+            line[f"{name}_loss"] = total / steps if steps else None
         line["imbalance_observed"] = slowest[0].item() / mean_compute if mean_compute else 1.0
         line["data_wait"] = data_wait
         line["unreadable"] = round(times[2].item()) // self.process.tensor_size
         line["skipped"] = int(self.skipped)
         self.sums.zero_()
+        self.steps.zero_()
         self.skipped.zero_()
+        self.extra.clear()
         self.began, self.compute_s, self.wait_s, self.unreadable = time.perf_counter(), 0.0, 0.0, 0
         return line
+
+
+class StepClock:
+    """Speed, fill and balance of the steps since the last log line."""
+
+    def __init__(self, config: RunConfig, plan: Plan, process: Process) -> None:
+        self.config, self.plan, self.process = config, plan, process
+        self.restart()
+
+    def restart(self) -> None:
+        self.began = time.perf_counter()
+        self.tokens = self.capacity = self.images = self.steps = 0
+        self.flops = self.imbalance = 0.0
+
+    def add(self, planned: list[Pack]) -> None:
+        """Take in the packs of a step, over all ranks."""
+        self.steps += 1
+        self.tokens += sum(pack.num_tokens for pack in planned)
+        self.images += sum(len(pack.sample_ids) for pack in planned)
+        self.capacity += self.config.data.token_budget * len(planned)
+        self.flops += sum(training_flops(self.config.model, pack.grids.prod(axis=1)) for pack in planned)
+        costs = [sum(pack.cost for pack in share) for share in self.plan.assign(planned, self.process.data_size)]
+        self.imbalance += max(costs) / (sum(costs) / len(costs))
+
+    def describe(self) -> dict[str, Any]:
+        """What was measured, for the log line."""
+        seconds = time.perf_counter() - self.began
+        peak = peak_flops(self.process.device)
+        flops_per_s = self.flops / seconds / self.process.world_size
+        return {
+            "tokens_per_s": self.tokens / seconds,
+            "step_s": seconds / self.steps,
+            "tflops_per_device": flops_per_s / 1e12,
+            "mfu": flops_per_s / peak if peak else None,
+            "fill": self.tokens / self.capacity,
+            "imbalance_predicted": self.imbalance / self.steps,
+        }
 
 
 class MetricsWriter:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nitscale.errors import UserError
+from nitscale.train.faults import FailedElsewhere, record_collectives
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("NITSCALE_DEVICE") != "cpu"
 """Whether training runs on GPUs: where there are some, unless NITSCALE_DEVICE=cpu."""
@@ -91,7 +92,7 @@ class Process:
         if failure is not None:
             raise failure
         if failed:
-            raise UserError(f"could not {purpose} ({'; '.join(failed)})")
+            raise FailedElsewhere(f"could not {purpose} ({'; '.join(failed)})")
 
     def gather(self, value: T) -> list[T]:
         """The small values of all ranks, on every rank."""
@@ -141,6 +142,8 @@ def start_process() -> Process:
     if ON_GPU:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        if ON_GPU:
+            record_collectives()
         # A group of one needs no port; with `RANK` and the like in the environment, child processes would think that
         # they belong to it.
         one: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}

@@ -14,15 +14,15 @@ from tests.train.tiny import tiny_run
 
 process = start_process()
 trainer = Trainer(tiny_run(Path(sys.argv[2]), Path(sys.argv[1]), "engine.zero_stage=0"), process)
-pack_loss = trainer.pack_loss
+micro_step = trainer.micro_step
 
 
-def pack_loss_or_death(batch, step_tokens):
-    if process.rank == 1 and batch.step == 5:
+def micro_step_or_death(*arguments, **options):
+    if process.rank == 1 and trainer.step == 5:
         trainer.checkpointer.wait()  # of step 4
         os.kill(os.getpid(), signal.SIGKILL)
-    return pack_loss(batch, step_tokens)
+    return micro_step(*arguments, **options)
 
 
-trainer.pack_loss = pack_loss_or_death  # type: ignore[method-assign]
+trainer.micro_step = micro_step_or_death  # type: ignore[method-assign]
 trainer.train()

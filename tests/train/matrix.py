@@ -29,7 +29,7 @@ from nitscale.checkpoints import published
 from nitscale.models.transformer import PackedTransformer
 from nitscale.randomness import torch_generator
 from nitscale.slices import SliceFiles, shard_of_parameter
-from nitscale.train import loop
+from nitscale.train import objective
 from nitscale.train.config import RunConfig
 from nitscale.train.loop import Trainer, run_training
 from nitscale.train.process import Process, leave_process, start_process
@@ -136,17 +136,17 @@ def compare_gradients(case: Case, dataset: Path, run: Path, process: Process, pl
 def noises(trainer: Trainer) -> list[float]:
     """Of the first step: a number for the noise of each of this rank's packs."""
     seen: list[float] = []
-    interpolate = loop.interpolate
+    interpolate = objective.interpolate
 
     def note(data: Any, noise: torch.Tensor, *arguments: Any) -> Any:
         seen.append(noise.double().sum().item())
         return interpolate(data, noise, *arguments)
 
-    loop.interpolate = note
+    objective.interpolate = note
     try:
         trainer.train()
     finally:
-        loop.interpolate = interpolate
+        objective.interpolate = interpolate
     return seen[: trainer.engine.accumulation]
 
 
@@ -158,7 +158,8 @@ def stopped_at(config: RunConfig, process: Process, *steps: int) -> None:
 
         def step_and_ask(packs: Any, trainer: Any = trainer, do_step: Any = do_step, step: int = step) -> Any:
             line = do_step(packs)
-            trainer.stop_requested = process.rank == process.world_size - 1 and trainer.step == step
+            if process.rank == process.world_size - 1 and trainer.step == step:
+                trainer.signals.name = "SIGTERM"
             return line
 
         trainer.train_step = step_and_ask  # type: ignore[method-assign]

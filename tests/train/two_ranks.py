@@ -35,7 +35,8 @@ for stage in (1, 2):
 
     def step_and_ask(packs, trainer=trainer, step=step):
         line = step(packs)
-        trainer.stop_requested = process.rank == 1 and trainer.step == 3
+        if process.rank == 1 and trainer.step == 3:
+            trainer.signals.name = "SIGTERM"
         return line
 
     trainer.train_step = step_and_ask
