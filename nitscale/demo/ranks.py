@@ -14,6 +14,7 @@ from typing import IO
 import torch
 
 from nitscale.errors import UserError
+from nitscale.train.faults import ExitCode
 
 ONE_CORE = {
     "OMP_NUM_THREADS": "1",
@@ -64,11 +65,11 @@ def run_ranks(arguments: Sequence[str], ranks: int, quiet: bool = False) -> None
 
 
 def wait_for_all(processes: Sequence[subprocess.Popen[str]]) -> int | None:
-    """Wait until all have ended well, or one has failed; its rank."""
+    """Wait until all have ended well, or were stopped, or one has failed; its rank."""
     while True:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
-            if code not in (None, 0):
+            if code not in (None, ExitCode.COMPLETE, ExitCode.STOPPED):
                 return rank
         if None not in codes:
             return None
