@@ -106,6 +106,10 @@ class EngineConfig:
             raise ValueError("zero_stage=0 keeps no fp32 master weights for bf16; use zero_stage=1")
         if self.tensor_parallel < 1 or self.recompute_every < 1:
             raise ValueError("tensor_parallel and recompute_every must be at least 1")
+        if self.recompute == "selective" and self.zero_stage == 3:
+            raise ValueError(
+                "recompute=selective does not work with zero_stage=3, which gathers weights inside the blocks; use full"
+            )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel=true has no effect with tensor_parallel=1")
         if self.recompute == "none" and self.recompute_every != 1:

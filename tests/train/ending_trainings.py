@@ -4,15 +4,14 @@ python -m tests.train.ending_trainings DATASET FOLDER leaves FOLDER/CASE.log, FO
 FOLDER/results.json. Ranks are forked after everything was imported, and the cases run at the same time.
 """
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from nitscale import cli
 from nitscale.config import to_yaml
 from nitscale.train import checkpoint, loop
 from nitscale.train.loop import Trainer
+from tests.train.forked import fork_ranks, wait_for_groups
 from tests.train.tiny import tiny_run
 
 Patch = Callable[[int], None]
@@ -114,13 +114,7 @@ CASES: dict[str, tuple[Patch, tuple[str, ...]]] = {
 }
 
 
-def run_rank(patch: Patch, config: Path, rank: int, port: int, log: Path) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def train(patch: Patch, config: Path, rank: int) -> None:
     sys.argv = ["nitscale", "train", str(config)]
     patch(rank)
     cli.main()
@@ -128,38 +122,16 @@ def run_rank(patch: Patch, config: Path, rank: int, port: int, log: Path) -> Non
 
 def main(dataset: Path, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    started: dict[int, tuple[str, int, int]] = {}
+    groups = []
     for name in names:
         patch, options = CASES[name]
         if name == "sigterm_in_validation":
             options += (f"validation.path={dataset}",)
         config = folder / f"{name}.yaml"
         config.write_text(to_yaml(tiny_run(folder / name, dataset, *options)))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        group = 0
-        for rank in range(2):
-            pid = os.fork()
-            if pid == 0:
-                os.setpgid(0, group)
-                run_rank(patch, config, rank, port, folder / f"{name}.log")
-            with contextlib.suppress(PermissionError, ProcessLookupError):
-                os.setpgid(pid, group)
-            group = group or pid
-            started[pid] = (name, rank, group)
-    began = time.monotonic()
-    results: dict[str, Any] = {name: {"codes": [None, None], "left": False} for name in names}
-    groups = {name: group for name, _, group in started.values()}
-    while started:
-        pid, status = os.wait()
-        name, rank, _ = started.pop(pid)
-        results[name]["codes"][rank] = os.waitstatus_to_exitcode(status)
-        results[name]["seconds"] = time.monotonic() - began
-    for name, group in groups.items():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-            results[name]["left"] = True
+        groups.append(fork_ranks(name, 2, partial(train, patch, config), folder / f"{name}.log"))
+    wait_for_groups(groups)
+    results = {group.name: [group.codes, group.left, group.seconds] for group in groups}
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -1,9 +1,7 @@
 """The trainer against a plain PyTorch loop, over ZeRO stages, data and tensor ranks, accumulation and kinds of blocks.
 
-    python -m tests.train.matrix --write docs/correctness.md      # all 96 cases, and the resumes: about 15 minutes
-    python -m tests.train.matrix --pairs                          # every pair of values at least once: about 3 minutes
-
-Under torchrun it does the cases of one number of ranks, all in one start of the processes.
+python -m tests.train.matrix --write docs/correctness.md      # all 96 cases, and the resumes: about 15 minutes
+python -m tests.train.matrix --pairs                          # every pair of values at least once: about 2 minutes
 """
 
 import argparse
@@ -11,8 +9,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +21,10 @@ os.environ["NITSCALE_DEVICE"] = "cpu"
 
 import torch
 
+from data_prep.encode import encode_folder
+from data_prep.pipeline import EncodeConfig
 from nitscale.checkpoints import published
+from nitscale.demo.shapes import draw_folder
 from nitscale.models.transformer import PackedTransformer
 from nitscale.randomness import torch_generator
 from nitscale.slices import SliceFiles, shard_of_parameter
@@ -33,6 +32,7 @@ from nitscale.train import objective
 from nitscale.train.config import RunConfig
 from nitscale.train.loop import Trainer, run_training
 from nitscale.train.process import Process, leave_process, start_process
+from tests.train.forked import fork_ranks, wait_for_groups
 from tests.train.plain import PlainRun, train_plainly
 from tests.train.tiny import differences, final_state, metrics, tiny_run
 
@@ -49,7 +49,6 @@ FAMILIES = {
         "model.qk_norm_eps=1e-6",
     ),
 }
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Case:
     tensor: int
     accumulation: int
     family: str
+    options: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -73,11 +73,26 @@ class Case:
             f"engine.tensor_parallel={self.tensor}",
             f"train.steps={STEPS}",
             *FAMILIES[self.family],
+            *self.options,
             *more,
         )
 
 
 ALL = [Case(*values) for values in itertools.product((0, 1, 2, 3), (1, 2, 4), (1, 2), (1, 2), FAMILIES)]
+
+SPLIT, FULL = "engine.sequence_parallel=true", "engine.recompute=full"
+SOME = ("engine.recompute=selective", "engine.recompute_every=2")
+VARIANTS = [
+    Case(1, 1, 2, 2, "NiT", (SPLIT, "model.norm=rms")),
+    Case(2, 2, 2, 1, "FiTv2", (SPLIT, FULL)),
+    Case(3, 1, 2, 1, "NiT", (FULL,)),
+    Case(1, 2, 1, 1, "FiTv2", SOME),
+    Case(2, 2, 2, 1, "NiT", (SPLIT, *SOME)),
+    Case(3, 2, 2, 1, "NiT", (SPLIT, FULL, "engine.recompute_every=2")),
+    Case(1, 1, 2, 2, "FiTv2", ("model.adaln=lora",)),
+    Case(1, 1, 2, 2, "NiT", ("model.adaln=swiglu", "model.norm=weight", "model.qk_norm=rms")),
+]
+"""Of what is kept for backward, how tokens are spread, and other modulations."""
 
 
 def pairwise(cases: list[Case]) -> list[Case]:
@@ -167,12 +182,16 @@ def stopped_at(config: RunConfig, process: Process, *steps: int) -> None:
     assert run_training(config, process)
 
 
-def work(cases: list[Case], dataset: Path, folder: Path, process: Process) -> list[dict[str, Any]]:
-    """All that is to be shown with this number of ranks: a line for each case."""
+def work(
+    cases: list[Case], stops: dict[str, tuple[int, ...]], dataset: Path, folder: Path, process: Process
+) -> list[dict[str, Any]]:
+    """All that is to be shown with this number of ranks: a line for each case. `stops` of runs by name."""
 
     @cache
-    def plain(packs: int, family: str) -> PlainRun:
-        return train_plainly(Case(1, 1, 1, packs, family).config(dataset, folder / "plain"))
+    def plain(case: Case) -> PlainRun:
+        alone = replace(case, zero_stage=1, data=1, tensor=1, accumulation=case.data * case.accumulation)
+        model_only = tuple(option for option in case.options if option.startswith("model."))
+        return train_plainly(replace(alone, options=model_only).config(dataset, folder / "plain"))
 
     lines = []
     for number, case in enumerate(cases):
@@ -190,15 +209,15 @@ def work(cases: list[Case], dataset: Path, folder: Path, process: Process) -> li
             assert all(len(of_peers) == 1 for of_peers in by_data_rank.values()), "tensor peers drew different noise"
             drawn = [value for of_peers in by_data_rank.values() for noise in of_peers for value in noise]
             assert len(set(drawn)) == case.data * case.accumulation, "two packs drew the same noise"
-            line |= compare(run / "whole", plain(case.data * case.accumulation, case.family))
-        theirs = plain(case.data * case.accumulation, case.family) if process.is_main else None
+            line |= compare(run / "whole", plain(case))
+        theirs = plain(case) if process.is_main else None
         line["gradients"] = compare_gradients(case, dataset, run / "gradients", process, theirs)  # type: ignore[arg-type]
-        stopped_at(case.config(dataset, run / "once"), process, 4)
-        stopped_at(case.config(dataset, run / "twice"), process, 3, 5)
+        for name, steps in stops.items():
+            stopped_at(case.config(dataset, run / name), process, *steps)
         if process.is_main:
             whole = final_state(run / "whole")
-            line["resumed"] = [differences(whole, final_state(run / name)) for name in ("once", "twice")]
-            line["resumed"] = "exact" if line["resumed"] == [[], []] else str(line["resumed"])[:200]
+            differing = [name for stopped in stops for name in differences(whole, final_state(run / stopped))]
+            line["resumed"] = "exact" if not differing else ", ".join(differing)[:200]
             line["seconds"] = round(time.perf_counter() - began, 1)
             print(json.dumps(line), flush=True)
         lines.append(line)
@@ -258,68 +277,78 @@ def work_on_changes(
 
 
 def launch(
-    phase: str, world_size: int, cases: list[Case], changes: list[Change], dataset: Path, folder: Path
+    phase: str,
+    world_size: int,
+    cases: list[Case],
+    changes: list[Change],
+    stops: dict[str, tuple[int, ...]],
+    dataset: Path,
+    folder: Path,
 ) -> list[dict[str, Any]]:
-    """Start `world_size` ranks of this module, and give what they found."""
-    request, result = folder / f"{phase}-{world_size}.json", folder / f"{phase}-{world_size}-result.json"
-    numbers = [CHANGES.index(change) for change in changes]
-    request.write_text(json.dumps({"cases": [asdict(case) for case in cases], "changes": numbers}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command += ["-m", "tests.train.matrix", "--phase", phase, "--request", str(request), "--dataset", str(dataset)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    """Start `world_size` ranks, and give what they found."""
+    result, log = folder / f"{phase}-{world_size}.json", folder / f"{phase}-{world_size}.log"
+
+    def rank_main(rank: int) -> None:
+        PackedTransformer.initialize = lively  # type: ignore[method-assign]
+        process = start_process()
+        if phase == "cases":
+            lines = work(cases, stops, dataset, folder, process)
+        else:
+            lines = work_on_changes(changes, dataset, folder, process, phase == "after")
+        if process.is_main:
+            result.write_text(json.dumps(lines))
+        leave_process()
+
+    group = fork_ranks(phase, world_size, rank_main, log)
+    wait_for_groups([group])
+    assert group.codes == [0] * world_size, log.read_text()[-9000:]
     lines: list[dict[str, Any]] = json.loads(result.read_text())
     return lines
 
 
 def run_matrix(
-    cases: list[Case], changes: list[Change], dataset: Path, folder: Path
+    cases: list[Case], changes: list[Change], stops: dict[str, tuple[int, ...]], dataset: Path, folder: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All cases and changes, one start of processes for each number of ranks and phase."""
     lines: list[dict[str, Any]] = []
     for world_size in sorted({case.world_size for case in cases}):
         chosen = [case for case in cases if case.world_size == world_size]
-        lines += launch("cases", world_size, chosen, [], dataset, folder)
+        lines += launch("cases", world_size, chosen, [], stops, dataset, folder)
     changed: list[dict[str, Any]] = []
     for phase, after in (("before", False), ("after", True)):
         for world_size in sorted({change_case(change, after)[0].world_size for change in changes}):
-            changed += launch(phase, world_size, [], changes, dataset, folder)
+            changed += launch(phase, world_size, [], changes, stops, dataset, folder)
     return lines, changed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", action="store_true")
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--phase")
-    parser.add_argument("--request", type=Path)
-    parser.add_argument("--dataset", type=Path)
+    parser.add_argument("--pairs", action="store_true", help="few cases, and the changes of one stage")
+    parser.add_argument("--write", type=Path, help="Markdown file to write")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.phase:
-        PackedTransformer.initialize = lively  # type: ignore[method-assign]
-        process, folder, request = start_process(), options.request.parent, json.loads(options.request.read_text())
-        if options.phase == "cases":
-            lines = work([Case(**fields) for fields in request["cases"]], options.dataset, folder, process)
-        else:
-            changes = [CHANGES[number] for number in request["changes"]]
-            lines = work_on_changes(changes, options.dataset, folder, process, options.phase == "after")
-        if process.is_main:
-            options.request.with_name(options.request.stem + "-result.json").write_text(json.dumps(lines))
-        leave_process()
-    from data_prep.encode import encode_folder
-    from data_prep.pipeline import EncodeConfig
-    from nitscale.demo.shapes import draw_folder
-
+    changes = [
+        change for change in CHANGES if change.to_stage is not None or change.zero_stage == 2 or not options.pairs
+    ]
+    stops = {"twice": (3, 5)} if options.pairs else {"once": (4,), "twice": (3, 5)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         draw_folder(folder / "images", 64, (32, 79), 2.0, "tests")
         encode_folder(folder / "images", folder / "latents", EncodeConfig(shard_samples=16), progress=False)
-        lines, changed = run_matrix(pairwise(ALL) if options.pairs else ALL, CHANGES, folder / "latents", folder)
+        cases = (pairwise(ALL) if options.pairs else ALL) + VARIANTS
+        lines, changed = run_matrix(cases, changes, stops, folder / "latents", folder)
     text = describe(lines, changed)
     print(text)
     if options.write:
         options.write.write_text(text)
+    if options.json:
+        options.json.write_text(json.dumps([lines, changed]))
+
+
+def describe_blocks(line: dict[str, Any]) -> str:
+    options = (option.partition(".")[2].replace("=true", "") for option in line["options"])
+    return ", ".join((line["family"], *options))
 
 
 def describe(lines: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
@@ -340,10 +369,13 @@ def describe(lines: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = ("zero_stage", "tensor", "data", "accumulation")
-    for line in sorted(lines, key=lambda line: [line["family"] != "NiT", *(line[name] for name in order)]):
+    for line in sorted(
+        lines, key=lambda line: [len(line["options"]), line["family"] != "NiT", *(line[name] for name in order)]
+    ):
         numbers = " | ".join(f"{line[kind]:.0e}" for kind in ("loss", "grad_norm", "gradients", "weights", "ema"))
         out.append(
-            f"| {line['family']} | {line['zero_stage']} | {line['data']} | {line['tensor']} | {line['accumulation']} "
+            f"| {describe_blocks(line)} | {line['zero_stage']} | {line['data']} | {line['tensor']} "
+            f"| {line['accumulation']} "
             f"| {numbers} | {line['resumed']} |"
         )
     out += [

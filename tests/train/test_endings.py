@@ -43,13 +43,9 @@ def endings(shapes_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     )
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return {
-        name: Ending(result["codes"], result["left"], result["seconds"], folder / name, read(folder / f"{name}.log"))
+        name: Ending(*result, run=folder / name, log=(folder / f"{name}.log").read_text(errors="replace"))
         for name, result in results.items()
     }
-
-
-def read(log: Path) -> str:
-    return log.read_text(errors="replace")
 
 
 def test_no_case_leaves_a_process_or_takes_long(endings):
